@@ -1,0 +1,171 @@
+"""What a benchmark measures: candidates, the rows that they become, and torchaccel's own."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchaccel
+from benchmarks.results_file import FIGURES
+from torchaccel.precision import PRECISIONS, tf32_state
+from torchaccel.timing import Comparison
+
+TIMES = ("min_ms", "mean_ms", "median_ms", "p95_ms", "p99_ms", "cv", "samples", "warmup", "device", "launch_bound")
+
+
+@dataclass
+class Candidate:
+    """One row to be: `call` runs it once, as its user would; `replay` replays its CUDA graph alone.
+
+    `reason` says why there is nothing to run. The route is "torchaccel", "baseline" (the module itself in strict
+    FP32, where the backend cannot honour it) or "peer".
+    """
+
+    route: str
+    backend: str
+    precision: str
+    batch: int
+    call: Callable[[], Tensor] | None = None
+    replay: Callable[[], object] | None = None
+    input_dtype: str = "float32"
+    layout: str = "contiguous"
+    graph: bool | str = False
+    variant: str | None = None
+    reason: str | None = None
+    notes: list[str] = field(default_factory=list)
+    build_ms: float | None = None
+    relative_error: float | None = None
+    first_ms: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Unlike any other candidate's."""
+        return f"{self.route} {self.backend} {self.precision} batch {self.batch}"
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """‖y − r‖ / ‖r‖ in float64.
+
+    >>> relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
+    0.1
+    """
+    expected = reference.double()
+    return float((output.double() - expected).norm() / expected.norm())
+
+
+@contextmanager
+def noting(notes: list[str]) -> Iterator[None]:
+    """Keep what torchaccel warns about as notes of the row; other libraries' warnings are dropped."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    kinds = (torchaccel.BackendWarning, torchaccel.MeasurementWarning)
+    notes += dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, kinds))
+
+
+def strict(module: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
+    """The module itself, in FP32 with TF32 off."""
+
+    def call() -> Tensor:
+        with tf32_state(False):
+            return module(inputs)
+
+    return call
+
+
+def baseline(module: nn.Module, inputs: Tensor, note: str) -> Candidate:
+    """Strict FP32 PyTorch, for want of an engine that honours FP32."""
+    return Candidate("baseline", "eager", "fp32", len(inputs), strict(module, inputs), notes=[note])
+
+
+def refusal(backend: str, precision: str, device: torch.device) -> tuple[str, str] | None:
+    """The backend that would be used, and why it cannot compute in `precision`; None where it can.
+
+    For "auto" it is the first backend that is available: the one whose figures the other rows have.
+    """
+    from torchaccel.backends import get
+
+    usable = [row.name for row in torchaccel.backends() if row.available]
+    chosen = (usable[0] if usable else "eager") if backend == "auto" else backend
+    reason = get(chosen).honours(PRECISIONS[precision], device) if chosen in usable else None
+    return None if reason is None else (chosen, reason)
+
+
+def ours(model: nn.Module, backend: str, precision: str, inputs: Tensor) -> Candidate:
+    """A compiled module on `inputs`, its engine built and checked; an error of torchaccel becomes its reason."""
+    candidate = Candidate("torchaccel", backend, precision, len(inputs))
+    try:
+        with noting(candidate.notes):
+            model(inputs)
+    except torchaccel.TorchAccelError as error:
+        candidate.reason = str(error)
+        return candidate
+    report = model.report().to_dict()
+    candidate.backend, candidate.graph = report["backend"], report["graph"]
+    candidate.build_ms = report["build_ms"]
+    candidate.call = lambda: model(inputs)
+    if candidate.graph is True:
+        candidate.replay = model.runner_for(inputs).replay
+    return candidate
+
+
+def check(candidates: Iterable[Candidate], references: dict[int, Tensor]) -> None:
+    """Run each once: its error against the reference of its batch, and how long the call took."""
+    for candidate in candidates:
+        if candidate.call is not None:
+            started = time.perf_counter()
+            output = candidate.call().to(references[candidate.batch])
+            candidate.first_ms = 1000 * (time.perf_counter() - started)
+            candidate.relative_error = relative_error(output, references[candidate.batch])
+
+
+def row(candidate: Candidate, timed: Comparison | None, **shared: Any) -> dict[str, Any]:
+    """The row of a candidate in the result file; `timed` has it under its name, its replay under "<name> replay"."""
+    found: dict[str, Any] = shared | {
+        name: getattr(candidate, name)
+        for name in ("route", "backend", "precision", "batch", "input_dtype", "layout", "graph", "variant", "reason", "notes")
+    }
+    found |= dict.fromkeys((*TIMES, *FIGURES, "throughput_fps", "replay_median_ms", "gain", "batching"))
+    found |= {"build_ms": candidate.build_ms, "relative_error": candidate.relative_error}
+    if timed is None or candidate.call is None:
+        return found
+    timing = timed.timings[candidate.name]
+    found |= timing.to_dict() | {"throughput_fps": 1000 * candidate.batch / timing.mean_ms}
+    if candidate.replay is not None:
+        found["replay_median_ms"] = timed.timings[f"{candidate.name} replay"].median_ms
+    return found
+
+
+def relate(candidates: list[Candidate], rows: list[dict[str, Any]], timed: Comparison) -> None:
+    """Fill in the ratios of the rows, each with its interval: `gain`, `batching` and, for peers, `versus`.
+
+    `gain` is the speed over FP32 at the same batch, `batching` the throughput over the same route's smallest batch,
+    `versus` the speed of torchaccel over this peer's.
+    """
+    ran = [(candidate, line) for candidate, line in zip(candidates, rows, strict=True) if candidate.call is not None]
+    for candidate, line in ran:
+        same = [other for other, _ in ran if other.batch == candidate.batch]
+        fp32 = [other for other in same if other.precision == "fp32" and other.route != "peer"]
+        if fp32:
+            over = {"over": f"{fp32[-1].backend} fp32"}
+            line["gain"] = over | timed.ratio(candidate.name, to=fp32[-1].name).inverse().to_dict()
+        kin = [
+            other
+            for other, _ in ran
+            if (other.route, other.backend, other.precision) == (candidate.route, candidate.backend, candidate.precision)
+        ]
+        least = min(kin, key=lambda other: other.batch)
+        if least is not candidate:
+            ratio = timed.ratio(candidate.name, to=least.name).inverse().to_dict()
+            times = candidate.batch / least.batch
+            line["batching"] = {"over_batch": least.batch} | {key: times * value for key, value in ratio.items()}
+        own = [o for o in same if o.route == "torchaccel" and o.precision == candidate.precision]
+        if candidate.route == "peer" and own:
+            line["versus"] = {"of": own[0].backend} | timed.ratio(candidate.name, to=own[0].name).to_dict()

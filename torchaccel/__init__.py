@@ -1,0 +1,1 @@
+"""torchaccel: one line makes a trained PyTorch model run fast on NVIDIA GPUs."""

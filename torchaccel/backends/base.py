@@ -1,0 +1,165 @@
+"""The contract of a backend: available, honours, build → Plan, load → Engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchaccel import environment, trt
+from torchaccel.capture import Program
+from torchaccel.precision import Precision, tf32_state
+from torchaccel.report import Coverage
+
+
+@dataclass
+class Plan:
+    """What a backend builds from a program: it can be loaded on any device of the kind that it was built for.
+
+    `payload` is the serialised engine of a TensorRT backend, or the program, without weights of its own, of a
+    PyTorch-native one. `manifest` is plain data that says how to load it.
+    """
+
+    backend: str
+    precision: Precision
+    payload: Any
+    manifest: dict[str, Any] = field(default_factory=dict)
+    coverage: Coverage | None = None
+    library: str = ""
+
+    def size_mib(self) -> float:
+        """The size of the serialised engine."""
+        return len(self.payload) / 2**20 if isinstance(self.payload, bytes) else 0.0
+
+
+class Engine(ABC):
+    """A plan loaded on a device: callable on device tensors, ordered on the current stream.
+
+    It takes contiguous tensors (channels-last where `channels_last` says so) of the program's dtypes and returns a
+    tuple of tensors. It never synchronises the device, so a CUDA graph can capture it.
+    """
+
+    channels_last = False
+    shares_store = False  # whether its weights are the store's own tensors, and so fresh after `WeightStore.refresh`
+
+    @abstractmethod
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run it."""
+
+    def another(self) -> "Engine":
+        """An engine for one more runner, on the same weights; itself, where runners do not disturb each other."""
+        return self
+
+    def device_bytes(self) -> int:
+        """Device memory that the engine holds outside PyTorch's allocator and the store of weights."""
+        return 0
+
+
+class Backend(ABC):
+    """One way to make engines. Backends never import each other."""
+
+    name: str
+    native = False  # whether PyTorch itself runs its engines, on the store's weights, in channels-last where it pays
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why it cannot be used on this machine, with the remedy; None where it can."""
+
+    @abstractmethod
+    def honours(self, precision: Precision, device: torch.device) -> str | None:
+        """Why it cannot compute in that precision on that device; None where it can."""
+
+    @abstractmethod
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        """Build a plan; raises `BuildError` with the operators at fault."""
+
+    @abstractmethod
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        """Load a plan on a device; raises `BuildError` where the device refuses it."""
+
+
+class NativeEngine(Engine):
+    """An engine that PyTorch itself runs, on the store's weights."""
+
+    shares_store = True
+
+    def __init__(self, run: Any, precision: Precision, channels_last: bool = False) -> None:
+        self._run = run
+        self._tf32 = precision.tf32
+        self._matters = precision.dtype is torch.float32
+        self.channels_last = channels_last
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run it with TF32 as the precision has it, outside inference mode, without autograd or autocast."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs_kind(inputs), enabled=False):
+            if not self._matters:
+                return tuple(self._run(*inputs))
+            with tf32_state(self._tf32):
+                return tuple(self._run(*inputs))
+
+
+def inputs_kind(tensors: Sequence[torch.Tensor]) -> str:
+    """The device type of an engine's inputs; the CPU's where there is none."""
+    return tensors[0].device.type if tensors else "cpu"
+
+
+def native_honours(precision: Precision, device: torch.device) -> str | None:
+    """What PyTorch's own kernels honour: fp32, fp16 and bf16 anywhere they exist, TF32 from Ampere on."""
+    if device.type == "cpu":
+        return "TF32 is a format of NVIDIA GPUs (Ampere and later); a CPU has none" if precision.tf32 else None
+    return gpu_honours(precision, device)
+
+
+def gpu_honours(precision: Precision, device: torch.device) -> str | None:
+    """What the GPU itself has: Turing and older have neither TF32 nor bfloat16."""
+    if not precision.tf32 and precision.dtype is not torch.bfloat16:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} (compute capability {capability[0]}.{capability[1]}) has no {precision.name}; Ampere and later have"
+
+
+def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -> str | None:
+    """What TensorRT honours: nothing on a CPU, and on TensorRT-RTX no IEEE fp32."""
+    name = trt.FLAVOURS[flavour]
+    if device.type != "cuda":
+        return f"{name} needs an NVIDIA GPU, and the module is on {device}"
+    if problem := environment.device_problem(flavour, device.index or 0):
+        return problem
+    if flavour == "tensorrt_rtx" and precision.name == "fp32":
+        return f"{name} computes fp32 in TF32 even where TF32 is switched off (measured); ask for 'tf32'"
+    return gpu_honours(precision, device)
+
+
+class TensorRTBacked:
+    """What the TensorRT backends share: a plan that is one serialised engine, and how it is loaded."""
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        """The engine on `device`, with a context of its own."""
+        manifest = plan.manifest
+        engine = trt.TensorRTEngine(
+            trt.load(manifest["flavour"]),
+            plan.payload,
+            device,
+            [name for _, name in manifest["inputs"]],
+            manifest["outputs"],
+        )
+        return _TensorRTEngine(engine, [position for position, _ in manifest["inputs"]])
+
+
+class _TensorRTEngine(Engine):
+    def __init__(self, engine: trt.TensorRTEngine, positions: list[int]) -> None:
+        self._engine = engine
+        self._positions = positions
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._engine(*(inputs[position] for position in self._positions))
+
+    def another(self) -> Engine:
+        return _TensorRTEngine(self._engine.another(), self._positions)
+
+    def device_bytes(self) -> int:
+        return self._engine.weight_bytes

@@ -1,0 +1,44 @@
+"""torch.compile's Inductor on the prepared program; not frozen, so new weights reach it in place."""
+
+import torch
+
+from torchaccel import environment
+from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours
+from torchaccel.capture import Program
+from torchaccel.errors import BuildError
+from torchaccel.precision import Precision
+
+
+class Inductor(Backend):
+    """Inductor, without CUDA graphs of its own: the runner captures its kernels."""
+
+    name = "inductor"
+    native = True
+
+    def unavailable(self) -> str | None:
+        """Inductor compiles its kernels with a C++ compiler on the CPU, and through Triton on a GPU."""
+        if environment.gpus():
+            if problem := environment.import_problem("triton"):
+                return f"Inductor needs Triton on a GPU: {problem}"
+            return None if environment.c_compiler() else "Triton needs a C compiler: install gcc, or set CC"
+        return None if environment.cxx_compiler() else "Inductor needs a C++ compiler: install g++, or set CXX"
+
+    def honours(self, precision: Precision, device: torch.device) -> str | None:
+        """Whatever PyTorch's kernels honour."""
+        return native_honours(precision, device)
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        """The plan is the program; Inductor generates its code where it is loaded."""
+        return Plan(self.name, precision, program, library=f"PyTorch {torch.__version__}")
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        """Generate and compile the kernels, by a first run on the program's own examples."""
+        program: Program = plan.payload
+        graph_module = program.exported.module(check_guards=False)
+        compiled = torch.compile(graph_module, fullgraph=True, dynamic=program.batch is not None)
+        engine = NativeEngine(compiled, plan.precision, program.channels_last)
+        try:
+            engine(*program.inputs)
+        except Exception as error:
+            raise BuildError(f"Inductor could not compile the program ({type(error).__name__}): {error}") from error
+        return engine

@@ -1,0 +1,93 @@
+"""torch.onnx's export → TensorRT's ONNX parser → an execution context of our own."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx_ir.passes.common as onnx_passes
+import onnxscript.optimizer
+import torch
+
+from torchaccel import trt
+from torchaccel.backends.base import Backend, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.capture import Program
+from torchaccel.errors import BuildError
+from torchaccel.precision import Precision
+from torchaccel.prepare import decompose_hardswish
+from torchaccel.report import Coverage
+
+# Constants that shapes and axes are computed from are folded up to this size; weights, which are larger, keep their
+# names and values, so that new ones can be swapped in.
+FOLDED_INPUT_BYTES, FOLDED_OUTPUT_BYTES = 1024, 1 << 16
+
+
+class OnnxTensorRT(TensorRTBacked, Backend):
+    """TensorRT through an ONNX file, all of the module in one engine."""
+
+    name = "onnx_tensorrt"
+
+    def unavailable(self) -> str | None:
+        """Why neither TensorRT proper nor TensorRT-RTX can be used."""
+        return trt.unavailable()
+
+    def honours(self, precision: Precision, device: torch.device) -> str | None:
+        """What the GPU and this TensorRT honour."""
+        return tensorrt_honours(trt.load().flavour, precision, device)
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        """Export, clean, parse and build; needs no GPU."""
+        tensorrt = trt.load()
+        decompose_hardswish(program.exported)
+        model = export(program)
+        names = [value.name for value in model.graph.inputs]
+        profile = [(name, *program.shapes(index)) for index, name in enumerate(names)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "model.onnx")
+            save(model, path)
+            serialised = trt.build_from_onnx(tensorrt, path, profile, tf32=precision.tf32)
+        manifest = {
+            "flavour": tensorrt.flavour,
+            "inputs": list(enumerate(names)),
+            "outputs": [value.name for value in model.graph.outputs],
+        }
+        coverage = Coverage(inside=program.operators, engines=1)
+        return Plan(self.name, precision, serialised, manifest, coverage, tensorrt.name)
+
+
+def export(program: Program) -> Any:
+    """A program as an `onnx_ir.Model` that TensorRT's parser takes.
+
+    torch.onnx's own optimizer is left out: it merges equal weights and folds transposes into them, and their names are
+    lost. Without it axes and shapes would stay computed, which the parser refuses, so just those are folded here.
+    """
+    try:
+        exported = torch.onnx.export(program.exported, program.inputs, dynamo=True, optimize=False, verbose=False)
+    except Exception as error:
+        raise BuildError(f"torch.onnx could not export the program: {_root_cause(error)}") from error
+    assert exported is not None
+    model = exported.model
+    onnxscript.optimizer.fold_constants(
+        model,
+        onnx_shape_inference=False,
+        input_size_limit=FOLDED_INPUT_BYTES,
+        output_size_limit=FOLDED_OUTPUT_BYTES,
+    )
+    onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    onnx_passes.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def save(model: Any, path: str) -> None:
+    """Write an `onnx_ir.Model`; weights go into a file beside it where one file cannot hold them (2 GiB)."""
+    import onnx_ir
+
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    external = f"{Path(path).name}.data" if weights > 1 << 30 else None
+    onnx_ir.save(model, path, external_data=external)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

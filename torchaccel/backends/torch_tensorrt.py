@@ -1,0 +1,163 @@
+"""Torch-TensorRT's Dynamo path over the exported program, strongly typed.
+
+Torch-TensorRT partitions and converts. Where one engine holds the whole program, which is the default's demand, the
+engine itself is the plan and our own context runs it: calling a Torch-TensorRT module costs more than the engine.
+With `partial=True` and operators outside engines, the plan is the program that Torch-TensorRT made.
+"""
+
+import inspect
+import io
+import operator
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from torchaccel import environment, trt
+from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.capture import Program, count_operators
+from torchaccel.errors import BuildError
+from torchaccel.precision import Precision
+from torchaccel.report import Coverage
+
+ENGINE = "_run_on_acc"  # how Torch-TensorRT names the parts that become engines
+
+
+class TorchTensorRT(TensorRTBacked, Backend):
+    """Torch-TensorRT, on TensorRT proper or TensorRT-RTX, whichever it was built with."""
+
+    name = "torch_tensorrt"
+
+    def unavailable(self) -> str | None:
+        """Why `import torch_tensorrt` fails here."""
+        return environment.import_problem("torch_tensorrt") or trt.unavailable(_flavour())
+
+    def honours(self, precision: Precision, device: torch.device) -> str | None:
+        """What the GPU and the TensorRT beneath honour."""
+        return tensorrt_honours(_flavour(), precision, device)
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        """Partition, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
+        settings = _settings(precision, device)
+        try:
+            compiled = _compile(program, {**settings, "require_full_compilation": not partial})
+        except Exception as error:
+            outside = Counter() if partial else _coverage(program, settings).outside
+            if outside:
+                raise BuildError(_uncovered(outside)) from error
+            raise BuildError(f"Torch-TensorRT could not build the program: {type(error).__name__}: {error}") from error
+        engine = _only_engine(compiled)
+        if engine is not None:
+            serialised, manifest = engine
+            return self._plan(precision, serialised, manifest, Coverage(inside=program.operators, engines=1))
+        coverage = _coverage(program, settings)
+        if not partial or not coverage.engines:
+            raise BuildError(_uncovered(coverage.outside))
+        return self._plan(precision, _serialise(compiled, program), {"program": True}, coverage)
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        """One engine runs in our own context; a program with several runs as Torch-TensorRT made it."""
+        if not plan.manifest.get("program"):
+            return super().load(plan, device)
+        import torch_tensorrt  # noqa: F401 - it registers the operator that the program calls
+
+        module = torch.export.load(io.BytesIO(plan.payload)).module()
+        engine = NativeEngine(module, plan.precision)
+        engine.shares_store = False
+        return engine
+
+    def _plan(self, precision: Precision, payload: bytes, manifest: dict[str, Any], coverage: Coverage) -> Plan:
+        import torch_tensorrt
+
+        flavour = _flavour()
+        library = f"Torch-TensorRT {torch_tensorrt.__version__} on {trt.load(flavour).name}"
+        return Plan(self.name, precision, payload, {"flavour": flavour, **manifest}, coverage, library)
+
+
+def _flavour() -> str:
+    return environment.tensorrt_of_torch_tensorrt() or "tensorrt"
+
+
+def _settings(precision: Precision, device: torch.device) -> dict[str, Any]:
+    import torch_tensorrt
+
+    settings = {
+        "device": device,
+        "disable_tf32": not precision.tf32,
+        "min_block_size": 1,  # the default of 5 leaves small modules without an engine
+        "immutable_weights": True,
+        "use_explicit_typing": True,  # Torch-TensorRT 2.14 always does, and no longer takes the argument
+        "attn_bias_is_causal": False,  # the default takes any attention mask for a causal one
+    }
+    known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
+    return {name: value for name, value in settings.items() if name in known}
+
+
+def _compile(program: Program, settings: dict[str, Any]) -> fx.GraphModule:
+    import torch_tensorrt
+
+    inputs = []
+    for index, example in enumerate(program.inputs):
+        low, best, high = program.shapes(index)
+        shapes = {"shape": low} if low == high else {"min_shape": low, "opt_shape": best, "max_shape": high}
+        inputs.append(torch_tensorrt.Input(dtype=example.dtype, **shapes))
+    with warnings.catch_warnings():  # it warns of its own deprecations, whatever it is given
+        warnings.simplefilter("ignore")
+        return torch_tensorrt.dynamo.compile(program.exported, inputs=inputs, **settings)
+
+
+def _coverage(program: Program, settings: dict[str, Any]) -> Coverage:
+    """Which operators Torch-TensorRT puts into engines, from a dry run of its partitioning."""
+    parts = _compile(program, {**settings, "dryrun": True})
+    coverage = Coverage(outside=count_operators(parts.graph))
+    for name, part in parts.named_children():
+        if isinstance(part, fx.GraphModule):
+            is_engine = ENGINE in name
+            (coverage.inside if is_engine else coverage.outside).update(count_operators(part.graph))
+            coverage.engines += is_engine
+    return coverage
+
+
+def _uncovered(outside: Counter[str]) -> str:
+    names = ", ".join(f"{name} ×{count}" for name, count in outside.most_common())
+    return (
+        f"Torch-TensorRT cannot put these operators into a TensorRT engine: {names or 'all of them'}. Pass partial=True "
+        f"to run them in PyTorch between engines, or choose another backend."
+    )
+
+
+def _only_engine(compiled: fx.GraphModule) -> tuple[bytes, dict[str, Any]] | None:
+    """The serialised engine and its manifest where one engine computes the whole program; None otherwise."""
+    placeholders = [node for node in compiled.graph.nodes if node.op == "placeholder"]
+    steps = [node for node in compiled.graph.nodes if node.op not in ("placeholder", "output")]
+    calls = [node for node in steps if node.target is not operator.getitem]
+    if len(calls) != 1 or calls[0].op != "call_module" or not set(calls[0].args) <= set(placeholders):
+        return None
+    (call,) = calls
+    module = compiled.get_submodule(str(call.target))
+    results = pytree.tree_leaves(next(node for node in compiled.graph.nodes if node.op == "output").args)
+    if not all(result is call or (result in steps and result.args[0] is call) for result in results):
+        return None
+    names = list(module.output_binding_names)
+    manifest = {
+        "inputs": [
+            (placeholders.index(node), name) for node, name in zip(call.args, module.input_binding_names, strict=True)
+        ],
+        "outputs": [names[0 if result is call else result.args[1]] for result in results],
+    }
+    return bytes(module.serialized_engine), manifest
+
+
+def _serialise(compiled: fx.GraphModule, program: Program) -> bytes:
+    import torch_tensorrt
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "program.ep"
+        torch_tensorrt.save(compiled, str(path), output_format="exported_program", arg_inputs=list(program.inputs))
+        return path.read_bytes()

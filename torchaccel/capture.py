@@ -1,0 +1,174 @@
+"""torch.export: a program out of a module and one call's arguments."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from torchaccel.errors import BuildError, InputError, TorchAccelError
+from torchaccel.precision import Precision
+from torchaccel.prepare import WEIGHT_KINDS, fold_batch_norm, prepare, weight_rules
+from torchaccel.signature import Call, OutputSpec, split_outputs
+from torchaccel.weights import WeightRule, WeightStore
+
+PREFIX = "module."
+
+
+@dataclass
+class Program:
+    """What was captured: flat tensors in, a tuple of tensors out, every operator in the precision it computes in."""
+
+    exported: ExportedProgram
+    rules: dict[str, WeightRule]
+    outputs: OutputSpec
+    inputs: tuple[torch.Tensor, ...]  # examples: dtypes, device and, where static, shapes of what an engine takes
+    batch: tuple[int, int, int] | None = None
+    batched: tuple[bool, ...] = ()  # which inputs have the batch as their first dimension
+    folded: int = 0
+    channels_last: bool = False
+    operators: Counter[str] = field(default_factory=Counter)
+
+    def shapes(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The smallest, the optimal and the largest shape of an input; all the same where it is static."""
+        shape = tuple(self.inputs[index].shape)
+        if self.batch is None or not self.batched[index]:
+            return shape, shape, shape
+        low, best, high = self.batch
+        return (low, *shape[1:]), (best, *shape[1:]), (high, *shape[1:])
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether it has 2-D convolutions, which PyTorch's own kernels run faster in channels-last."""
+        return any(name.startswith("aten.conv2d") for name in self.operators)
+
+    def take_weights(self, store: WeightStore, module: nn.Module, *, channels_last: bool = False) -> None:
+        """Put the store's tensors in the place of the captured ones: folded, cast, and shared with other engines."""
+        self.channels_last = channels_last and self.convolutional
+        self.rules = {name: replace(rule, channels_last=self.channels_last) for name, rule in self.rules.items()}
+        for name, tensor in zip(self.rules, store.get(self.rules.values(), module), strict=True):
+            held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
+            is_parameter = isinstance(held[name], nn.Parameter)
+            held[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+class _Found:
+    """What tracing learns besides the graph; torch.export undoes writes to the module's own attributes."""
+
+    outputs: OutputSpec | None = None
+
+
+class _Flat(nn.Module):
+    """The module behind flat tensors: what nests, and what is no tensor, stays outside the program."""
+
+    def __init__(self, module: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.module = module
+        self._call = call
+        self.found = _Found()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self._call.arguments(tensors)
+        computed, self.found.outputs = split_outputs(self.module(*args, **kwargs), tensors)
+        return computed
+
+
+def capture(
+    module: nn.Module,
+    call: Call,
+    tensors: Sequence[torch.Tensor],
+    precision: Precision,
+    *,
+    keep_fp32: Sequence[str] = (),
+    dynamic_batch: tuple[int, int, int] | None = None,
+) -> Program:
+    """Capture `module` at `precision` for a call whose tensors, on the module's device, are `tensors`.
+
+    Raises `BuildError` where torch.export refuses the module, with its reason.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False), _cpu_autocast_off():
+        flat = _Flat(prepare(module, precision.dtype, keep_fp32), call)
+        examples = tuple(engine_input(tensor, precision.dtype) for tensor in tensors)
+        batched = batched_inputs(examples) if dynamic_batch else (False,) * len(examples)
+        if dynamic_batch:
+            examples = resize_batch(examples, batched, max(2, dynamic_batch[1]))
+        exported = _export(flat, examples, batched, dynamic_batch)
+    outputs = flat.found.outputs
+    if outputs is None or not exported.graph_signature.user_outputs:
+        raise BuildError("the module returns no tensor for these inputs, so there is nothing to compile.")
+    rules = weight_rules(exported, PREFIX)
+    folded = fold_batch_norm(exported, rules)
+    rules = {str(s.target): rules[str(s.target)] for s in exported.graph_signature.input_specs if s.kind in WEIGHT_KINDS}
+    return Program(
+        exported, rules, outputs, examples, dynamic_batch, batched, folded, count_operators(exported.graph)
+    )
+
+
+def engine_input(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as an engine takes it: floating ones in the compute dtype, contiguous, free of autograd."""
+    target = dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(target).contiguous().clone()
+
+
+def batched_inputs(tensors: Sequence[torch.Tensor]) -> tuple[bool, ...]:
+    """Which tensors have the batch as their first dimension: those as long there as the first that has dimensions."""
+    size = batch_size(tensors)
+    return tuple(tensor.dim() > 0 and tensor.shape[0] == size for tensor in tensors)
+
+
+def batch_size(tensors: Sequence[torch.Tensor]) -> int:
+    """The first dimension of the first tensor that has one."""
+    for tensor in tensors:
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    raise InputError("dynamic_batch needs an input with at least one dimension; this call has none.")
+
+
+def resize_batch(
+    tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int
+) -> tuple[torch.Tensor, ...]:
+    """The tensors with their rows repeated, or cut, to a batch of `size`."""
+
+    def resize(tensor: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(size, device=tensor.device) % max(1, tensor.shape[0])
+        return tensor.index_select(0, rows) if tensor.shape[0] else tensor.new_zeros(size, *tensor.shape[1:])
+
+    return tuple(resize(tensor) if is_batched else tensor for tensor, is_batched in zip(tensors, batched, strict=True))
+
+
+def count_operators(graph: torch.fx.Graph) -> Counter[str]:
+    """How often each operator stands in a graph, by its full name, such as `aten.conv2d.default`."""
+    return Counter(
+        str(node.target)
+        for node in graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    )
+
+
+def _export(
+    flat: _Flat,
+    examples: tuple[torch.Tensor, ...],
+    batched: Sequence[bool],
+    dynamic_batch: tuple[int, int, int] | None,
+) -> ExportedProgram:
+    shapes: Any = None
+    if dynamic_batch:
+        batch = Dim("batch", min=dynamic_batch[0], max=dynamic_batch[2])
+        shapes = (tuple({0: batch} if is_batched else None for is_batched in batched),)
+    try:
+        return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
+    except TorchAccelError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch.export raises dozens of kinds, any of them means: not captured
+        what = "with a dynamic batch " if dynamic_batch else ""
+        raise BuildError(
+            f"torch.export could not capture {type(flat.module).__name__} {what}({type(error).__name__}): "
+            f"{str(error).strip()}"
+        ) from error
+
+
+def _cpu_autocast_off() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)

@@ -1,0 +1,116 @@
+"""The gate: an engine's outputs against the module's own, all of them, before it serves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchaccel.capture import resize_batch
+from torchaccel.errors import AccuracyError, BuildError
+from torchaccel.precision import tf32_state
+from torchaccel.report import GateRecord, OutputError
+from torchaccel.signature import Call, OutputSpec, split_outputs
+
+# Below this root mean square an output counts as zero: fp16 has nothing but subnormal numbers there.
+FLOOR_RMS = 1e-6
+
+
+def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], OutputSpec]:
+    """The module's own outputs for a call, in its own dtype with TF32 and autocast off, on cloned inputs.
+
+    Raises `BuildError` for a module that writes to its inputs or, in eval mode, to its own buffers: an engine would
+    not.
+    """
+    clones = [tensor.detach().clone() for tensor in tensors]
+    buffers = dict(module.named_buffers())
+    versions = {name: buffer._version for name, buffer in buffers.items() if not buffer.is_inference()}
+    result = run_module(module, call, clones, tf32=False, autocast=False)
+    for index, (before, after) in enumerate(zip(tensors, clones, strict=True)):
+        if not torch.equal(_bits(before.detach()), _bits(after)):
+            raise BuildError(f"the module writes to its input {index}, which an engine cannot; make it return the value.")
+    written = [name for name, version in versions.items() if buffers[name]._version != version]
+    if written:
+        raise BuildError(f"the module writes to its buffers in eval mode ({', '.join(written)}); an engine would not.")
+    return split_outputs(result, clones)
+
+
+def run_module(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], *, tf32: bool, autocast: bool) -> Any:
+    """The module's forward (its root hooks are the caller's business) without autograd."""
+    args, kwargs = call.arguments(tensors)
+    with torch.inference_mode(False), torch.no_grad(), tf32_state(tf32):
+        if autocast:
+            return module.forward(*args, **kwargs)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return module.forward(*args, **kwargs)
+
+
+def compare_outputs(
+    outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], bound: float, batch: int | None = None
+) -> GateRecord:
+    """Compare every output; shapes and counts that differ are an error of their own."""
+    if len(outputs) != len(expected):
+        raise AccuracyError(f"the engine has {len(outputs)} outputs and the module {len(expected)}.")
+    pairs = enumerate(zip(outputs, expected, strict=True))
+    return GateRecord(tuple(output_error(f"output {index}", y, r, bound) for index, (y, r) in pairs), batch)
+
+
+def output_error(name: str, y: torch.Tensor, r: torch.Tensor, bound: float) -> OutputError:
+    """The figures of one output `y` against the reference `r`.
+
+    Floating: ‖y−r‖/max(‖r‖, floor) over what is finite in both, in float64. Others: the fraction that differs.
+    """
+    shape = tuple(r.shape)
+    if y.shape != r.shape:
+        return OutputError(name, shape, float("inf"), float("inf"), f"the engine's shape is {list(y.shape)}", bound)
+    if r.numel() == 0:
+        return OutputError(name, shape, 0.0, 0.0, "", bound)
+    if not (r.is_floating_point() or r.is_complex()):
+        differs = y != r
+        largest = (y.double() - r.double()).abs().max().item()
+        return OutputError(name, shape, differs.double().mean().item(), largest, "", bound)
+    wide = torch.complex128 if r.is_complex() else torch.float64
+    y, r = y.to(wide), r.to(wide)
+    agree = torch.isfinite(y) & torch.isfinite(r)
+    same = agree | (y == r) | (y.isnan() & r.isnan())
+    difference = torch.where(agree, y - r, 0)
+    norm = torch.where(agree, r, 0).norm().item()
+    floor = FLOOR_RMS * r.numel() ** 0.5
+    relative = difference.norm().item() / max(norm, floor)
+    return OutputError(name, shape, relative, difference.abs().max().item(), _where_not_finite(y, r, same), bound)
+
+
+def _where_not_finite(y: torch.Tensor, r: torch.Tensor, same: torch.Tensor) -> str:
+    wrong = ~same
+    count = int(wrong.sum())
+    if not count:
+        return ""
+    first = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{count} of {r.numel()} elements are finite in only one of the two, or infinite otherwise; "
+        f"the first at {list(first)}: {y[first].item():g}, the module has {r[first].item():g}"
+    )
+
+
+def require(record: GateRecord, backend: str, precision: str) -> None:
+    """Raise `AccuracyError` with the figures of each output unless the record passed."""
+    if record.passed:
+        return
+    at = f" at batch {record.batch}" if record.batch is not None else ""
+    figures = "\n".join(f"  {'ok  ' if output.passed else 'FAIL'} {output}" for output in record.outputs)
+    wider = "bf16, which has fp32's range, or " if any(o.not_finite for o in record.outputs) else ""
+    raise AccuracyError(
+        f"the {backend} engine at {precision}{at} does not compute what the module does:\n{figures}\n"
+        f"Try {wider}keep_fp32=[…] for the submodules that need it, or pass tolerance= if the error is acceptable."
+    )
+
+
+def at_batch(tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int) -> tuple[torch.Tensor, ...]:
+    """A call's tensors at another batch size."""
+    return resize_batch([tensor.detach() for tensor in tensors], batched, size)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.nan_to_num(tensor)
+    return tensor

@@ -1,0 +1,163 @@
+"""From the caller's module to something an engine can be built from: copy and cast, then fold and decompose.
+
+The copy is cast before it is captured, so the program says in each operator what it computes in: that is how engines
+of strongly typed TensorRT get their precision. BatchNorm is folded in the captured program rather than in the module,
+since only the data flow tells which convolution feeds it; networks in functional style fold as well as nested ones.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.utils import _pytree as pytree
+
+from torchaccel.weights import WeightRule
+
+aten = torch.ops.aten
+WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER)
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+def prepare(module: nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()) -> nn.Module:
+    """A copy of `module` in eval mode that computes in `dtype`, except the submodules named by `keep_fp32`.
+
+    The caller's tensors are not touched: floating parameters and buffers are cast on the way into the copy, others
+    are copied. Hooks on the root are left out, since the compiled module runs those itself.
+    """
+    kept = {f"{name}." for name in keep_fp32}
+    memo: dict[int, Any] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        memo[id(parameter)] = nn.Parameter(_cast(name, parameter, dtype, kept), requires_grad=False)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        memo[id(buffer)] = _cast(name, buffer, dtype, kept)
+    prepared = copy.deepcopy(module, memo).eval()
+    for hooks in (prepared._forward_hooks, prepared._forward_pre_hooks, prepared._backward_hooks):
+        hooks.clear()
+    outermost = [name for name in keep_fp32 if not any(name.startswith(other) for other in kept)]
+    for name in outermost:
+        _border(prepared.get_submodule(name), inside=torch.float32, outside=dtype)
+    return prepared
+
+
+def cast_tree(tree: Any, dtype: torch.dtype) -> Any:
+    """Every floating tensor of a pytree in `dtype`; the rest as it is."""
+    return pytree.tree_map(lambda leaf: leaf.to(dtype) if _floats(leaf) else leaf, tree)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, kept: set[str]) -> torch.Tensor:
+    target = torch.float32 if any(name.startswith(prefix) for prefix in kept) else dtype
+    return tensor.detach().to(target if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _border(module: nn.Module, inside: torch.dtype, outside: torch.dtype) -> None:
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: (cast_tree(args, inside), cast_tree(kwargs, inside)), with_kwargs=True
+    )
+    module.register_forward_hook(lambda _, __, result: cast_tree(result, outside))
+
+
+def _floats(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def weight_rules(program: ExportedProgram, prefix: str) -> dict[str, WeightRule]:
+    """The rule of each weight of a captured program, before anything is folded: a cast to what the program holds."""
+    rules = {}
+    for spec, node in weight_nodes(program):
+        value = node.meta["val"]
+        dtype = value.dtype if value.is_floating_point() else None
+        rules[str(spec.target)] = WeightRule((str(spec.target).removeprefix(prefix),), dtype=dtype)
+    return rules
+
+
+def weight_nodes(program: ExportedProgram) -> list[tuple[InputSpec, fx.Node]]:
+    """The parameters and buffers among a program's inputs, with their nodes."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    return [
+        (spec, nodes[spec.arg.name]) for spec in program.graph_signature.input_specs if spec.kind in WEIGHT_KINDS
+    ]
+
+
+def fold_batch_norm(program: ExportedProgram, rules: dict[str, WeightRule]) -> int:
+    """Fold each BatchNorm into the convolution that alone feeds it; returns how many were folded.
+
+    The program is edited in place: the convolution's weight takes the folded values, and one of the vectors that the
+    BatchNorm no longer needs becomes its bias. `rules` then says how both follow from the module's tensors, so new
+    weights and new running statistics fold the same way. Exact up to one rounding.
+    """
+    targets = {node: str(spec.target) for spec, node in weight_nodes(program)}
+    folded = 0
+    for norm in list(program.graph.nodes):
+        if norm.op == "call_function" and norm.target is aten.batch_norm.default and not norm.args[5]:
+            folded += _fold(program.graph, norm, targets, rules)
+    drop_unused_weights(program)
+    return folded
+
+
+def _fold(graph: fx.Graph, norm: fx.Node, targets: dict[fx.Node, str], rules: dict[str, WeightRule]) -> bool:
+    conv, gamma, beta, mean, variance, _, _, epsilon = norm.args[:8]
+    if not (isinstance(conv, fx.Node) and conv.target in _CONVOLUTIONS and len(conv.users) == 1):
+        return False
+    weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
+    vectors = [node for node in (bias, beta, mean, gamma, variance) if node is not None]
+    own = [node for node in (weight, *vectors) if node in targets]
+    if len(own) != 1 + len(vectors) or len(weight.users) != 1:  # a computed or shared weight
+        return False
+    slot = next((node for node in vectors if len(node.users) == 1), None)
+    if slot is None or conv.meta["val"].dtype != norm.meta["val"].dtype:
+        return False
+    given = {node: rules[targets[node]].sources[0] for node in own}
+
+    def name(node: Any) -> str | None:
+        return None if node is None else given[node]
+
+    dtype = weight.meta["val"].dtype
+    rules[targets[weight]] = WeightRule(
+        (name(weight), name(gamma), name(variance)), "folded_weight", dtype, float(epsilon)
+    )
+    rules[targets[slot]] = WeightRule(
+        tuple(map(name, (bias, gamma, beta, mean, variance))), "folded_bias", dtype, float(epsilon)
+    )
+    slot.meta["val"] = slot.meta["val"].to(dtype)
+    conv.args = (conv.args[0], weight, slot, *conv.args[3:])
+    norm.replace_all_uses_with(conv)
+    graph.erase_node(norm)
+    return True
+
+
+def drop_unused_weights(program: ExportedProgram) -> None:
+    """Remove the weights that no operator reads from a program's inputs and state."""
+    unused = {spec.arg.name: node for spec, node in weight_nodes(program) if not node.users}
+    signature = program.graph_signature
+    for spec in [spec for spec in signature.input_specs if spec.arg.name in unused]:
+        signature.input_specs.remove(spec)
+        program.state_dict.pop(str(spec.target), None)
+        program.constants.pop(str(spec.target), None)
+        program.graph.erase_node(unused[spec.arg.name])
+    program.graph_module.recompile()
+
+
+def decompose_hardswish(program: ExportedProgram) -> None:
+    """Write x·clamp(x+3, 0, 6)/6 for HardSwish in bfloat16, which TensorRT's ONNX parser refuses."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target not in (aten.hardswish.default, aten.hardswish_.default):
+            continue
+        x = node.args[0]
+        in_place_seen = node.target is aten.hardswish_.default and len(x.users) > 1
+        if node.meta["val"].dtype is not torch.bfloat16 or in_place_seen:
+            continue
+        with graph.inserting_before(node):
+            shifted = graph.call_function(aten.add.Tensor, (x, 3.0))
+            clamped = graph.call_function(aten.clamp.default, (shifted, 0.0, 6.0))
+            product = graph.call_function(aten.mul.Tensor, (x, clamped))
+            result = graph.call_function(aten.div.Tensor, (product, 6.0))
+        for step in (shifted, clamped, product, result):
+            step.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    program.graph_module.recompile()

@@ -1,0 +1,207 @@
+"""The records that a build and a gate leave, and the report that shows them."""
+
+import dataclasses
+import io
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+MAX_OPERATORS_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How one output of an engine differs from the module's.
+
+    Floating outputs have `relative_error` = ‖y−r‖/‖r‖ and `max_abs_error`; for integers and booleans `relative_error`
+    is the fraction of elements that differ. `not_finite` says where only one of the two is finite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    relative_error: float
+    max_abs_error: float
+    not_finite: str
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output is within its bound and finite where the module's is."""
+        return not self.not_finite and self.relative_error <= self.bound
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.name} {list(self.shape)}: relative error {self.relative_error:.3g} (bound {self.bound:.3g}), "
+            f"largest absolute error {self.max_abs_error:.3g}"
+        )
+        return f"{text}, {self.not_finite}" if self.not_finite else text
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """One check of an engine: every output, at one batch size where the batch is dynamic."""
+
+    outputs: tuple[OutputError, ...]
+    batch: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output passed."""
+        return all(output.passed for output in self.outputs)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative error of any output."""
+        return max((output.relative_error for output in self.outputs), default=0.0)
+
+
+@dataclass
+class Coverage:
+    """Which operators run inside TensorRT engines and which outside, with how often each stands in the graph."""
+
+    inside: Counter[str] = field(default_factory=Counter)
+    outside: Counter[str] = field(default_factory=Counter)
+    engines: int = 0
+
+    def __str__(self) -> str:
+        total = sum(self.inside.values()) + sum(self.outside.values())
+        text = f"{sum(self.inside.values())} of {total} operators in {self.engines} engine(s)"
+        return f"{text}; outside: {_counted(self.outside)}" if self.outside else text
+
+
+@dataclass
+class EngineRecord:
+    """One engine that was built: what for, by whom, how long it took, how it was checked."""
+
+    signature: str
+    backend: str
+    precision: str
+    library: str = ""
+    export_ms: float = 0.0
+    build_ms: float = 0.0
+    load_ms: float = 0.0
+    gate_ms: float = 0.0
+    first_call_ms: float = 0.0
+    folded_batch_norms: int = 0
+    gates: tuple[GateRecord, ...] = ()
+    coverage: Coverage | None = None
+    plan_mib: float = 0.0
+    fell_back_because: str = ""
+
+
+@dataclass
+class RunnerRecord:
+    """One runner: its signature, whether its graph is in use or why not, and its memory."""
+
+    signature: str
+    graph: bool
+    why_no_graph: str = ""
+    device_mib: float = 0.0
+    calls: int = 0
+
+
+@dataclass
+class Report:
+    """What a compiled module did: printed, it is a table; `to_dict()` is for machines.
+
+    `calls_by_engine` and `calls_by_module` count the calls served by an engine and by the module itself;
+    `device_memory_mib` is what engines, buffers and graphs hold.
+    """
+
+    module: str
+    precision: str
+    device: str
+    backend_asked: str
+    backend: str = ""
+    backend_reason: str = ""
+    calls_by_engine: int = 0
+    calls_by_module: int = 0
+    builds: int = 0
+    refreshes: int = 0
+    refresh_ms: float = 0.0
+    device_memory_mib: float = 0.0
+    engines: list[EngineRecord] = field(default_factory=list)
+    runners: list[RunnerRecord] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain dictionaries, lists, numbers and strings, ready for JSON.
+
+        Beside the fields it has the figures of the newest engine and runner at the top level: `graph`,
+        `build_ms` (export, build and load), `first_call_ms` and `relative_error`.
+        """
+        plain = dataclasses.asdict(self)
+        newest = self.engines[-1] if self.engines else None
+        plain["build_ms"] = newest.export_ms + newest.build_ms + newest.load_ms if newest else None
+        plain["first_call_ms"] = newest.first_call_ms if newest else None
+        plain["relative_error"] = max((gate.relative_error for gate in newest.gates), default=None) if newest else None
+        plain["graph"] = (self.runners[-1].graph or self.runners[-1].why_no_graph) if self.runners else None
+        return plain
+
+    def __rich__(self) -> Group:
+        summary = Table(title=f"torchaccel: {self.module}", title_justify="left", show_header=False)
+        for label, value in self._summary():
+            summary.add_row(label, value)
+        parts: list[Any] = [summary]
+        if self.engines:
+            parts.append(_engine_table(self.engines))
+        if self.runners:
+            parts.append(_runner_table(self.runners))
+        parts += [f"• {event}" for event in self.events]
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=120).print(self)
+        return buffer.getvalue()
+
+    def _summary(self) -> list[tuple[str, str]]:
+        backend = self.backend or "none yet: it is built at the first call"
+        return [
+            ("backend", f"{backend} (asked: {self.backend_asked}) {self.backend_reason}".strip()),
+            ("precision", self.precision),
+            ("device", self.device),
+            ("calls", f"{self.calls_by_engine} by an engine, {self.calls_by_module} by the module itself"),
+            ("builds", str(self.builds)),
+            ("refreshes", f"{self.refreshes}, the last in {self.refresh_ms:.1f} ms" if self.refreshes else "0"),
+            ("device memory", f"{self.device_memory_mib:.1f} MiB"),
+        ]
+
+
+def _engine_table(engines: list[EngineRecord]) -> Table:
+    table = Table(title="engines", title_justify="left")
+    for name in ("inputs", "backend", "export ms", "build ms", "load ms", "first call ms", "error", "bound", "coverage"):
+        table.add_column(name, justify="right" if name.endswith("ms") else "left", overflow="fold")
+    for engine in engines:
+        error = max((gate.relative_error for gate in engine.gates), default=float("nan"))
+        bound = max((output.bound for gate in engine.gates for output in gate.outputs), default=float("nan"))
+        times = (engine.export_ms, engine.build_ms, engine.load_ms, engine.first_call_ms)
+        backend = f"{engine.backend} {engine.library}".strip()
+        table.add_row(
+            engine.signature,
+            backend,
+            *(f"{time:.0f}" for time in times),
+            f"{error:.2g}",
+            f"{bound:.2g}",
+            str(engine.coverage or "-"),
+        )
+    return table
+
+
+def _runner_table(runners: list[RunnerRecord]) -> Table:
+    table = Table(title="runners", title_justify="left")
+    for name in ("inputs", "CUDA graph", "device MiB", "calls"):
+        table.add_column(name, overflow="fold")
+    for runner in runners:
+        graph = "in use" if runner.graph else f"no: {runner.why_no_graph}"
+        table.add_row(runner.signature, graph, f"{runner.device_mib:.1f}", str(runner.calls))
+    return table
+
+
+def _counted(operators: Counter[str]) -> str:
+    shown = [f"{name} ×{count}" for name, count in operators.most_common(MAX_OPERATORS_SHOWN)]
+    hidden = len(operators) - len(shown)
+    return ", ".join(shown) + (f" and {hidden} more" if hidden > 0 else "")

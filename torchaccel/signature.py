@@ -1,0 +1,141 @@
+"""Pytree in, pytree out, and the key of a call."""
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torchaccel.errors import InputError
+
+_SINGLE = pytree.tree_flatten(((torch.empty(0),), {}))[1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, flat: `tensors` in order, and the rest in `template` to put them back into."""
+
+    tensors: tuple[torch.Tensor, ...]
+    key: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    template: tuple[Any, ...]
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's args and kwargs, with `tensors` in the place of its own."""
+        args, kwargs = pytree.tree_unflatten(fill(self.template, tensors), self.spec)
+        return args, kwargs
+
+
+# Values that an engine may bake in: immutable, and equal only when they mean the same.
+PLAIN = (int, float, complex, bool, str, bytes, type(None), enum.Enum, slice)
+PLAIN += (torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class _Hole:
+    """Marks the place of a tensor in a template."""
+
+    def __repr__(self) -> str:
+        return "tensor"
+
+
+HOLE = _Hole()
+
+
+def fill(template: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """The template with its holes filled, in order.
+
+    >>> fill((HOLE, 3), [torch.tensor(1)])
+    [tensor(1), 3]
+    """
+    remaining = iter(tensors)
+    return [next(remaining) if item is HOLE else item for item in template]
+
+
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """PyTorch's own flattening; a dataclass that it does not know yet is made known to it on the way."""
+    leaves, spec = pytree.tree_flatten(tree)
+    unknown = {type(leaf) for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)}
+    if not unknown:
+        return leaves, spec
+    for kind in unknown:
+        pytree.register_dataclass(kind)
+    return flatten(tree)
+
+
+def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Flatten a call and give it a key that tells apart all calls that need different engines.
+
+    The key holds the nesting, each tensor's shape, dtype and device type, each other value with its type, and the
+    state of autocast, which decides the dtypes that the module would return.
+    """
+    if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # the common call, without the walk
+        (x,) = args
+        return Call((x,), ((x.shape, x.dtype, x.device.type), _autocast_key()), _SINGLE, (HOLE,))
+    leaves, spec = flatten((args, kwargs))
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    template = tuple(HOLE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    described = tuple(
+        (leaf.shape, leaf.dtype, leaf.device.type) if isinstance(leaf, torch.Tensor) else _constant_key(leaf)
+        for leaf in leaves
+    )
+    return Call(tensors, (described, str(spec), _autocast_key()), spec, template)
+
+
+def _constant_key(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, PLAIN):
+        raise InputError(
+            f"an input holds a {type(value).__qualname__}, which is neither a tensor nor a plain value: an engine would "
+            f"keep the first one for ever. Pass tensors (torch.as_tensor for arrays), numbers, strings, or None."
+        )
+    return type(value), repr(value) if isinstance(value, float) else value  # nan != nan, and 0.0 == -0.0
+
+
+def _autocast_key() -> tuple[Any, ...] | None:
+    if not torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu"):
+        return None
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu")
+    )
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How an engine's outputs become the module's: for each leaf of the result, where it comes from.
+
+    A source is ("output", i), ("input", i) where the module hands an input back, or ("value", v) for what is no tensor.
+    """
+
+    spec: pytree.TreeSpec
+    sources: tuple[tuple[str, Any], ...]
+
+    def assemble(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+        """The result as the module would return it."""
+        if len(self.sources) == 1 and self.sources[0] == ("output", 0) and self.spec.is_leaf():
+            return outputs[0]
+        places: dict[str, Callable[[Any], Any]] = {
+            "output": outputs.__getitem__,
+            "input": inputs.__getitem__,
+            "value": lambda value: value,
+        }
+        return pytree.tree_unflatten([places[kind](what) for kind, what in self.sources], self.spec)
+
+
+def split_outputs(result: Any, inputs: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], OutputSpec]:
+    """The tensors that a result computes, each once, and how to assemble the result from them and the inputs."""
+    leaves, spec = flatten(result)
+    places: dict[int, tuple[str, Any]] = {id(tensor): ("input", index) for index, tensor in enumerate(inputs)}
+    outputs: list[torch.Tensor] = []
+    sources: list[tuple[str, Any]] = []
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, PLAIN):
+                raise InputError(f"an output holds a {type(leaf).__qualname__}, neither a tensor nor a plain value.")
+            sources.append(("value", leaf))
+            continue
+        if id(leaf) not in places:
+            places[id(leaf)] = ("output", len(outputs))
+            outputs.append(leaf)
+        sources.append(places[id(leaf)])
+    return tuple(outputs), OutputSpec(spec, tuple(sources))

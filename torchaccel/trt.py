@@ -1,0 +1,245 @@
+"""The one file that imports `tensorrt` or `tensorrt_rtx` and knows how they differ.
+
+Which of the two: Torch-TensorRT uses the one that it was built with, and an engine runs only on the one that built it.
+The ONNX route takes TensorRT proper where it imports, and TensorRT-RTX otherwise.
+"""
+
+import importlib
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from torchaccel import environment
+from torchaccel.errors import BackendError, BuildError
+
+logger = logging.getLogger(__name__)
+
+FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+    "INT8": torch.int8,
+    "UINT8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """TensorRT proper or TensorRT-RTX: its module, and a logger that keeps the errors of the current thread."""
+
+    flavour: str
+    api: Any
+    log: Any
+
+    @property
+    def name(self) -> str:
+        """The product's name and version, such as `TensorRT-RTX 1.4.0.76`."""
+        return f"{FLAVOURS[self.flavour]} {self.api.__version__}"
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether kernels are specialised on the GPU at the first run rather than chosen by timing at the build."""
+        return self.flavour == "tensorrt_rtx"
+
+
+def unavailable(flavour: str | None = None) -> str | None:
+    """Why neither (or not this) TensorRT can be used, or None where one can."""
+    wanted = (flavour,) if flavour else tuple(FLAVOURS)
+    problems = {name: environment.import_problem(name) for name in wanted}
+    if any(problem is None for problem in problems.values()):
+        return None
+    return "; ".join(f"{FLAVOURS[name]}: {problem}" for name, problem in problems.items())
+
+
+@cache
+def load(flavour: str | None = None) -> TensorRT:
+    """The TensorRT of that name, or, for None, the one that the ONNX route takes; raises `BackendError`."""
+    problem = unavailable(flavour)
+    if problem:
+        raise BackendError(f"no TensorRT is usable here: {problem}. Run `python -m torchaccel env` for the remedy.")
+    chosen = flavour or next(name for name in FLAVOURS if environment.import_problem(name) is None)
+    api = importlib.import_module(chosen)
+    return TensorRT(chosen, api, _make_logger(api))
+
+
+def _make_logger(api: Any) -> Any:
+    levels = {
+        api.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
+        api.ILogger.Severity.ERROR: logging.ERROR,
+        api.ILogger.Severity.WARNING: logging.DEBUG,
+        api.ILogger.Severity.INFO: logging.DEBUG,
+        api.ILogger.Severity.VERBOSE: logging.NOTSET,
+    }
+
+    class Logger(api.ILogger):  # type: ignore[misc]
+        """Errors are kept for the exception that follows; everything goes to Python's logging."""
+
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)
+            self.errors = threading.local()
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity, logging.DEBUG)
+            if level == logging.ERROR:
+                self.errors.kept = [*getattr(self.errors, "kept", []), message]
+                level = logging.DEBUG
+            if level > logging.NOTSET:
+                logger.log(level, "%s", message)
+
+        def take_errors(self) -> str:
+            kept = getattr(self.errors, "kept", [])
+            self.errors.kept = []
+            return " ".join(" ".join(kept).split())
+
+    return Logger()
+
+
+def build_from_onnx(
+    trt: TensorRT,
+    path: str,
+    profile: Sequence[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]],
+    *,
+    tf32: bool,
+    workspace_mib: int | None = None,
+) -> bytes:
+    """Build a strongly typed engine from an ONNX file with TensorRT's own parser; returns the serialised engine.
+
+    `profile` has, for each input, its name and its smallest, optimal and largest shape.
+    Raises `BuildError` naming the operators that the parser refuses.
+    """
+    api = trt.api
+    trt.log.take_errors()
+    builder = api.Builder(trt.log)
+    network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = api.OnnxParser(network, trt.log)
+    if not parser.parse_from_file(path):
+        raise BuildError(f"{trt.name} cannot take the ONNX graph: {_parser_errors(parser)}.")
+    config = builder.create_builder_config()
+    if workspace_mib is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+    (config.set_flag if tf32 else config.clear_flag)(api.BuilderFlag.TF32)
+    if any(low != high for _, low, _, high in profile):
+        shapes = builder.create_optimization_profile()
+        for name, low, best, high in profile:
+            shapes.set_shape(name, low, best, high)
+        config.add_optimization_profile(shapes)
+    serialised = builder.build_serialized_network(network, config)
+    if serialised is None:
+        raise BuildError(f"{trt.name} could not build the engine: {trt.log.take_errors()}")
+    return bytes(serialised)
+
+
+def _parser_errors(parser: Any) -> str:
+    messages = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        node = f"{error.node_operator()} ({error.node_name()})" if error.node_operator() else "the graph"
+        messages.append(f"{node}: {' '.join(error.desc().split())}")
+    return "; ".join(messages) or "the parser gave no reason"
+
+
+class TensorRTEngine:
+    """A serialised engine on one CUDA device, with an execution context of its own.
+
+    Calls run on the current stream and never synchronise. Activation memory comes from PyTorch's allocator.
+    `another()` gives a second context on the same weights: a captured graph keeps the context that it was captured in.
+    """
+
+    def __init__(
+        self,
+        trt: TensorRT,
+        serialised: bytes,
+        device: torch.device,
+        inputs: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> None:
+        self._trt = trt
+        self._shapes: tuple[torch.Size, ...] | None = None
+        with torch.cuda.device(device):
+            free_before = torch.cuda.mem_get_info(device)[0]
+            trt.log.take_errors()
+            self._engine = _runtime(trt.flavour).deserialize_cuda_engine(serialised)
+            if self._engine is None:
+                raise BuildError(
+                    f"{trt.name} could not load the engine on {torch.cuda.get_device_name(device)}: "
+                    f"{trt.log.take_errors()}"
+                )
+            self.weight_bytes = max(0, free_before - torch.cuda.mem_get_info(device)[0])
+        self.device = device
+        modes = {name: self._engine.get_tensor_mode(name) for name in self._names()}
+        io = trt.api.TensorIOMode
+        self.inputs = list(inputs or [name for name, mode in modes.items() if mode == io.INPUT])
+        self.outputs = list(outputs or [name for name, mode in modes.items() if mode == io.OUTPUT])
+        self._bound = [(index, name) for index, name in enumerate(self.inputs) if name in modes]  # unused ones are not
+        self._dtypes = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in modes}
+        self._open()
+
+    def _names(self) -> list[str]:
+        return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+
+    def _open(self) -> None:
+        api, self._shapes = self._trt.api, None
+        strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
+        with torch.cuda.device(self.device):
+            if self._trt.is_rtx:
+                config = self._engine.create_runtime_config()
+                config.set_execution_context_allocation_strategy(strategy)
+                # Lazily, a graph would keep the fallback kernels that run until the specialised ones are compiled.
+                config.dynamic_shapes_kernel_specialization_strategy = (
+                    api.DynamicShapesKernelSpecializationStrategy.EAGER
+                )
+                self._context = self._engine.create_execution_context(config)
+            else:
+                self._context = self._engine.create_execution_context(strategy)
+            if self._context is None:
+                raise BuildError(f"{self._trt.name} could not create a context: {self._trt.log.take_errors()}")
+            size = int(self._engine.device_memory_size_v2)
+            self._memory = torch.empty(max(size, 1) + 256, dtype=torch.uint8, device=self.device)
+            address = -(-self._memory.data_ptr() // 256) * 256
+            self._context.set_device_memory(address, max(size, 1))
+        self.activation_bytes = self._memory.numel()
+
+    def another(self) -> "TensorRTEngine":
+        """An engine with a context of its own that shares this one's weights."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.weight_bytes = 0
+        twin._open()
+        return twin
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run on the current stream; inputs are contiguous device tensors of the engine's dtypes."""
+        context = self._context
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes != self._shapes:
+            for index, name in self._bound:
+                if not context.set_input_shape(name, tuple(shapes[index])):
+                    raise BuildError(f"{self._trt.name} refuses shape {tuple(shapes[index])} for input {name!r}.")
+            self._shapes = shapes
+        for index, name in self._bound:
+            context.set_tensor_address(name, inputs[index].data_ptr())
+        results = []
+        for name in self.outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            result = torch.empty(shape, dtype=self._dtypes[name], device=self.device)
+            context.set_tensor_address(name, result.data_ptr())
+            results.append(result)
+        if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise BuildError(f"{self._trt.name} could not run the engine: {self._trt.log.take_errors()}")
+        return tuple(results)
+
+
+@cache
+def _runtime(flavour: str) -> Any:
+    """The runtime that loads engines; it must outlive them, so there is one for each TensorRT, kept."""
+    trt = load(flavour)
+    return trt.api.Runtime(trt.log)
