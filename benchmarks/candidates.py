@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import torchaccel
 from benchmarks.results_file import FIGURES
+from torchaccel.compiler import AUTO, BACKENDS
 from torchaccel.precision import PRECISIONS, tf32_state
 from torchaccel.timing import Comparison
 
@@ -80,29 +81,29 @@ def strict(module: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def baseline(module: nn.Module, inputs: Tensor, note: str) -> Candidate:
-    """Strict FP32 PyTorch, for want of an engine that honours FP32."""
-    return Candidate("baseline", "eager", "fp32", len(inputs), strict(module, inputs), notes=[note])
+def baseline(module: nn.Module, inputs: Tensor) -> Candidate:
+    """Strict FP32 PyTorch, for want of an engine that computes in FP32."""
+    return Candidate("baseline", "eager", "fp32", len(inputs), strict(module, inputs))
 
 
 def refusal(backend: str, precision: str, device: torch.device) -> tuple[str, str] | None:
     """The backend that would be used, and why it cannot compute in `precision`; None where it can.
 
-    For "auto" it is the first backend that is available: the one whose figures the other rows have.
+    For "auto" it is the first backend that is available, the one that the other rows are of. One that is named and is
+    not available is left to `compile`, whose error has the reason.
     """
-    from torchaccel.backends import get
-
-    usable = [row.name for row in torchaccel.backends() if row.available]
-    chosen = (usable[0] if usable else "eager") if backend == "auto" else backend
-    reason = get(chosen).honours(PRECISIONS[precision], device) if chosen in usable else None
-    return None if reason is None else (chosen, reason)
+    order = AUTO if backend == "auto" else (backend,)
+    chosen = next((BACKENDS[name] for name in order if BACKENDS[name].unavailable() is None), None)
+    reason = chosen.honours(PRECISIONS[precision], device) if chosen else None
+    return (chosen.name, reason) if chosen and reason else None
 
 
-def ours(model: nn.Module, backend: str, precision: str, inputs: Tensor) -> Candidate:
-    """A compiled module on `inputs`, its engine built and checked; an error of torchaccel becomes its reason."""
+def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tensor) -> Candidate:
+    """What `compiled` gives, on `inputs`, its engine built and checked; an error of torchaccel becomes its reason."""
     candidate = Candidate("torchaccel", backend, precision, len(inputs))
     try:
         with noting(candidate.notes):
+            model = compiled()
             model(inputs)
     except torchaccel.TorchAccelError as error:
         candidate.reason = str(error)
@@ -130,7 +131,18 @@ def row(candidate: Candidate, timed: Comparison | None, **shared: Any) -> dict[s
     """The row of a candidate in the result file; `timed` has it under its name, its replay under "<name> replay"."""
     found: dict[str, Any] = shared | {
         name: getattr(candidate, name)
-        for name in ("route", "backend", "precision", "batch", "input_dtype", "layout", "graph", "variant", "reason", "notes")
+        for name in (
+            "route",
+            "backend",
+            "precision",
+            "batch",
+            "input_dtype",
+            "layout",
+            "graph",
+            "variant",
+            "reason",
+            "notes",
+        )
     }
     found |= dict.fromkeys((*TIMES, *FIGURES, "throughput_fps", "replay_median_ms", "gain", "batching"))
     found |= {"build_ms": candidate.build_ms, "relative_error": candidate.relative_error}
@@ -159,7 +171,8 @@ def relate(candidates: list[Candidate], rows: list[dict[str, Any]], timed: Compa
         kin = [
             other
             for other, _ in ran
-            if (other.route, other.backend, other.precision) == (candidate.route, candidate.backend, candidate.precision)
+            if (other.route, other.backend, other.precision)
+            == (candidate.route, candidate.backend, candidate.precision)
         ]
         least = min(kin, key=lambda other: other.batch)
         if least is not candidate:

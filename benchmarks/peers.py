@@ -152,10 +152,8 @@ def _compiled(mode: str, module: nn.Module, images: Tensor, stay: ExitStack) -> 
 
 def _torch_tensorrt(module: nn.Module, images: Tensor, stay: ExitStack) -> Run:
     import torch_tensorrt
-    from torch_tensorrt.dynamo import compile as builder
 
     options = {"min_block_size": 1, "use_explicit_typing": True, "disable_tf32": not cudnn.allow_tf32}
     built = torch_tensorrt.compile(module, ir="dynamo", inputs=[images], **options)
     fast = stay.enter_context(torch_tensorrt.runtime.enable_cudagraphs(built))
     return lambda: fast(images), None
-

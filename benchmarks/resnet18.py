@@ -2,53 +2,33 @@
 
 Measures a compiled torchvision ResNet-18, call by call and interleaved, prints a table and a conclusion computed from
 it, and writes a result file with full provenance under benchmarks/results/<gpu>/. Without a GPU it measures the CPU,
-with fewer samples, and says so.
+with as many samples as two minutes allow, and says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from torch import nn
 
-import torchaccel
 from benchmarks import peers, results_file
-from benchmarks.candidates import Candidate, baseline, check, noting, ours, refusal, relate, row, strict
-from benchmarks.table import conclusion, tables
-from torchaccel.environment import environment, gpu_state
-from torchaccel.options import BACKENDS
-from torchaccel.timing import Comparison, compare, measure
+from benchmarks.run import SEED, Plan, run
+from benchmarks.table import tables
+from torchaccel.compiler import BACKENDS
 
-SEED, SHAPE = 0, (3, 224, 224)
+MODEL, SHAPE = "resnet18", (3, 224, 224)
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
-CPU_BUDGET_S = 40.0  # for all the samples together, so that a slow machine is done within two minutes
+WEIGHTS = "none (random, seeded), default (torchvision's) and the path of a state_dict"
 
 
-@dataclass
-class Plan:
-    """What was asked for, with the defaults of this machine filled in."""
-
-    device: torch.device
-    precisions: tuple[str, ...]
-    batches: tuple[int, ...]
-    runs: int
-    backend: str
-    peers: tuple[str, ...]
-    dynamic_batch: tuple[int, int, int] | None
-    weights: str
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; 1 where nothing could be measured."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write; returns 1 where no engine of torchaccel could be measured."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -56,13 +36,98 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console()
-    console.print(_what_runs(plan))
-    content = run(plan, module.to(plan.device), Console(stderr=True))
-    rows, notes = content["rows"], content["warnings"]
-    console.print(tables(rows, notes))
+    content = run(plan, module.to(plan.device).eval(), Console(stderr=True))
+    console.print(tables(content["rows"], content["warnings"]))
     for line in content["conclusion"]:
-        console.print(line, highlight=False)
-    path = given.json or results_file.default_path("resnet18")
+        console.print(line, highlight=False, markup=False)
+    path = given.json or results_file.default_path(MODEL)
     results_file.write(path, content)
-    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
-    return 0 if any(line["median_ms"] is not None for line in rows) else 1
+    console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
+    ran = any(row["route"] == "torchaccel" and not row["reason"] for row in content["rows"])
+    return 0 if ran else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.resnet18", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
+    add, several = parser.add_argument, "; several: repeat it, or separate them by commas"
+    add("--precision", type=_listed(_precision), action="extend", help=", ".join(PRECISIONS) + several)
+    add("--batch", type=_listed(_count), action="extend", help="images per call" + several)
+    add("--runs", type=_count, default=100, help="timed calls per row (100)")
+    add("--weights", default="none", help=WEIGHTS)
+    add("--dynamic-batch", action="store_true", help="one engine for all batches, instead of one for each")
+    add("--json", type=Path, metavar="PATH", help="where the result file goes")
+    add("--peers", nargs="*", choices=tuple(peers.NAMES), help="measure the rivals beside it: all, or these")
+    return parser
+
+
+def _listed(parse: Callable[[str], object]) -> Callable[[str], list[object]]:
+    def listed(text: str) -> list[object]:
+        return [parse(part.strip()) for part in text.split(",")]
+
+    return listed
+
+
+def _precision(text: str) -> str:
+    if text not in PRECISIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PRECISIONS)}")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _plan(given: argparse.Namespace) -> Plan:
+    """Fill in this machine's defaults; raises ValueError for what it cannot do."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default = ("fp32", "tf32", "fp16") if device.type == "cuda" else ("fp32", "bf16")
+    batches = tuple(dict.fromkeys(given.batch or (1, 32)))
+    if given.dynamic_batch and max(batches) < 2:
+        raise ValueError("--dynamic-batch needs a batch of at least 2 among --batch")
+    possible = peers.names_for(device)
+    rivals = () if given.peers is None else tuple(dict.fromkeys(given.peers or possible))
+    if missing := set(rivals) - set(possible):
+        raise ValueError(f"--peers {' '.join(sorted(missing))} needs a GPU; here there are {', '.join(possible)}")
+    return Plan(
+        model=MODEL,
+        shape=SHAPE,
+        weights=given.weights if given.weights in ("none", "default") else Path(given.weights).name,
+        device=device,
+        precisions=tuple(dict.fromkeys(given.precision or default)),
+        batches=batches,
+        runs=given.runs,
+        backend=given.backend,
+        peers=rivals,
+        dynamic_batch=(min(batches), max(batches), max(batches)) if given.dynamic_batch else None,
+    )
+
+
+def _module(weights: str) -> nn.Module:
+    """Torchvision's ResNet-18 with the weights asked for; raises ValueError where they cannot be had."""
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    torch.manual_seed(SEED)
+    if weights == "none":
+        return resnet18()
+    if weights == "default":
+        try:
+            return resnet18(weights=ResNet18_Weights.DEFAULT)
+        except OSError as error:  # urllib's errors are OSErrors
+            raise ValueError(f"--weights default could not download them ({error}); use --weights none") from error
+    if not Path(weights).is_file():
+        raise ValueError(f"--weights {weights!r}: there is no such file; allowed are {WEIGHTS}")
+    module = resnet18()
+    try:
+        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--weights {weights!r} is no state_dict of torchvision's ResNet-18: {error}") from error
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())

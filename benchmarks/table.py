@@ -12,8 +12,8 @@ from rich.text import Text
 Row = dict[str, Any]
 _COLUMNS = ("preci-\nsion", "batch", "mean\nms", "FPS", "gain", "median\nms", "p95\nms", "error", "H2D\nms", "D2H\nms")
 _CAPTION = (
-    "gain: speed over FP32 at the same batch, the median of interleaved rounds. error: ‖y − r‖ / ‖r‖ against the module "
-    "in strict FP32. H2D, D2H: copying the batch from and the output to pinned memory, on their own."
+    "gain: speed over FP32 at the same batch, the median of interleaved rounds. error: relative L2 error against the "
+    "module in strict FP32. H2D, D2H: copying the batch from and the output to pinned memory, on their own."
 )
 
 
@@ -55,7 +55,7 @@ def _figures(row: Row) -> Iterator[str]:
     gain, error = row["gain"], row["relative_error"]
     yield number(row["mean_ms"])
     yield number(row["throughput_fps"])
-    yield f"{gain['value']:.2f}×" if gain else "-"
+    yield f"{gain['value']:.2f}x" if gain else "-"
     yield from (number(row[name]) for name in ("median_ms", "p95_ms"))
     yield "-" if error is None else f"{error:.0e}" if error else "0"
     yield from (number(row.get(name)) for name in ("h2d_ms", "d2h_ms"))
@@ -94,8 +94,8 @@ def _gain(row: Row) -> str:
 def _batching(row: Row) -> str:
     gain = row["batching"]
     return (
-        f"{row['precision']}: batch {row['batch']} instead of {gain['over_batch']} gives {gain['value']:.2f} times the FPS "
-        f"({_interval(gain)}), {number(row['throughput_fps'])} FPS."
+        f"{row['precision']}: batch {row['batch']} instead of {gain['over_batch']} gives {gain['value']:.2f} times "
+        f"the FPS ({_interval(gain)}), {number(row['throughput_fps'])} FPS."
     )
 
 

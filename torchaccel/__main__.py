@@ -17,8 +17,9 @@ def _env(arguments: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    # a pipe or a notebook has no width of its own, and rich's 80 columns would break reasons into slivers
-    Console(width=None if sys.stdout.isatty() else 120).print(found)
+    # a pipe or a notebook has no width of its own, and rich's 80 columns would break reasons into slivers;
+    # soft_wrap leaves a long command on one line, to be copied
+    Console(width=None if sys.stdout.isatty() else 120).print(found, soft_wrap=True)
     return 0
 
 

@@ -423,9 +423,9 @@ class Environment:
         ]
         if bad:
             parts.append(table("Known not to work together", ("combination", "why"), bad))
-        # outside the tables and on one line each, so that a command can be copied whole
-        parts += [Text("What mends it"), *(Text(line, no_wrap=True, overflow="ignore") for line in mends)]
-        return Group(*(parts if mends else parts[:-1]))
+        if mends:  # outside the tables, so that a command can be copied whole
+            parts.append(Text("\n".join(["What mends it", *mends])))
+        return Group(*parts)
 
 
 def _cpu_name() -> str:

@@ -21,6 +21,10 @@ class BuildError(TorchAccelError, RuntimeError):
     """A backend could not build or load an engine; the message names the operators at fault where they are known."""
 
 
+class StaleWeightsError(TorchAccelError, RuntimeError):
+    """The module's weights changed under `on_weight_change="raise"`; `refresh()` takes the new ones."""
+
+
 class AccuracyError(TorchAccelError, RuntimeError):
     """An engine's outputs differ from the module's beyond the bound; the message has the figures of each output."""
 

@@ -1,38 +1,65 @@
 """The gate: an engine's outputs against the module's own, all of them, before it serves."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchaccel.capture import resize_batch
 from torchaccel.errors import AccuracyError, BuildError
 from torchaccel.precision import tf32_state
 from torchaccel.report import GateRecord, OutputError
-from torchaccel.signature import Call, OutputSpec, split_outputs
+from torchaccel.signature import Call, OutputSpec, flatten
 
 # Below this root mean square an output counts as zero: fp16 has nothing but subnormal numbers there.
 FLOOR_RMS = 1e-6
 
 
-def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], OutputSpec]:
+@dataclass(frozen=True)
+class Reference:
+    """What the module itself returned: every leaf of the result, its nesting, and the clones that it was run on."""
+
+    leaves: tuple[Any, ...]
+    spec: Any
+    inputs: tuple[torch.Tensor, ...]
+
+    def output_spec(self, program: OutputSpec) -> OutputSpec:
+        """How a program's outputs become the module's result, values and handed-back inputs included.
+
+        Raises `BuildError` where the program, at its precision, nests its result in another way.
+        """
+        if self.spec != program.spec:
+            raise BuildError(f"the module returns {self.spec}, but what was captured at this precision {program.spec}.")
+        sources = []
+        for (kind, what), leaf in zip(program.sources, self.leaves, strict=True):
+            if kind == "value":
+                sources.append(("value", leaf))
+            elif kind == "input" and leaf is not self.inputs[what]:  # the module casts where the program need not
+                sources.append(("cast", (what, leaf.dtype)))
+            else:
+                sources.append((kind, what))
+        return OutputSpec(self.spec, tuple(sources))
+
+
+def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Reference:
     """The module's own outputs for a call, in its own dtype with TF32 and autocast off, on cloned inputs.
 
     Raises `BuildError` for a module that writes to its inputs or, in eval mode, to its own buffers: an engine would
     not.
     """
-    clones = [tensor.detach().clone() for tensor in tensors]
-    buffers = dict(module.named_buffers())
-    versions = {name: buffer._version for name, buffer in buffers.items() if not buffer.is_inference()}
-    result = run_module(module, call, clones, tf32=False, autocast=False)
-    for index, (before, after) in enumerate(zip(tensors, clones, strict=True)):
-        if not torch.equal(_bits(before.detach()), _bits(after)):
-            raise BuildError(f"the module writes to its input {index}, which an engine cannot; make it return the value.")
+    with torch.inference_mode(False):
+        clones = tuple(tensor.detach().clone() for tensor in tensors)
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_inference()}
+    versions = {name: buffer._version for name, buffer in buffers.items()}
+    leaves, spec = flatten(run_module(module, call, clones, tf32=False, autocast=False))
+    for index, clone in enumerate(clones):
+        if clone._version:
+            raise BuildError(f"the module writes to its input {index}, which an engine does not; make it work on a copy.")
     written = [name for name, version in versions.items() if buffers[name]._version != version]
     if written:
         raise BuildError(f"the module writes to its buffers in eval mode ({', '.join(written)}); an engine would not.")
-    return split_outputs(result, clones)
+    return Reference(tuple(leaves), spec, clones)
 
 
 def run_module(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], *, tf32: bool, autocast: bool) -> Any:
@@ -103,14 +130,3 @@ def require(record: GateRecord, backend: str, precision: str) -> None:
         f"the {backend} engine at {precision}{at} does not compute what the module does:\n{figures}\n"
         f"Try {wider}keep_fp32=[…] for the submodules that need it, or pass tolerance= if the error is acceptable."
     )
-
-
-def at_batch(tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int) -> tuple[torch.Tensor, ...]:
-    """A call's tensors at another batch size."""
-    return resize_batch([tensor.detach() for tensor in tensors], batched, size)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_floating_point() or tensor.is_complex():
-        return torch.nan_to_num(tensor)
-    return tensor

@@ -21,6 +21,7 @@ class Call:
     key: tuple[Any, ...]
     spec: pytree.TreeSpec
     template: tuple[Any, ...]
+    autocast: tuple[Any, ...] | None = None
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's args and kwargs, with `tensors` in the place of its own."""
@@ -72,7 +73,8 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """
     if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # the common call, without the walk
         (x,) = args
-        return Call((x,), ((x.shape, x.dtype, x.device.type), _autocast_key()), _SINGLE, (HOLE,))
+        autocast = _autocast_key()
+        return Call((x,), (x.shape, x.dtype, x.device.type, autocast), _SINGLE, (HOLE,), autocast)
     leaves, spec = flatten((args, kwargs))
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     template = tuple(HOLE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
@@ -80,7 +82,8 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         (leaf.shape, leaf.dtype, leaf.device.type) if isinstance(leaf, torch.Tensor) else _constant_key(leaf)
         for leaf in leaves
     )
-    return Call(tensors, (described, str(spec), _autocast_key()), spec, template)
+    autocast = _autocast_key()
+    return Call(tensors, (described, repr(spec), autocast), spec, template, autocast)
 
 
 def _constant_key(value: Any) -> tuple[Any, ...]:
@@ -104,11 +107,22 @@ def _autocast_key() -> tuple[Any, ...] | None:
 class OutputSpec:
     """How an engine's outputs become the module's: for each leaf of the result, where it comes from.
 
-    A source is ("output", i), ("input", i) where the module hands an input back, or ("value", v) for what is no tensor.
+    A source is ("output", i), ("input", i) where the module hands an input back, ("cast", (i, dtype)) where it only
+    casts one, or ("value", v) for what is no tensor.
     """
 
     spec: pytree.TreeSpec
     sources: tuple[tuple[str, Any], ...]
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the result holds one of the call's own tensors."""
+        return any(kind in ("input", "cast") for kind, _ in self.sources)
+
+    def computed(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
+        """Of all leaves of a result, those that are outputs, each once, in the order of the outputs."""
+        places = {what: leaf for (kind, what), leaf in zip(self.sources, leaves, strict=True) if kind == "output"}
+        return [places[index] for index in range(len(places))]
 
     def assemble(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
         """The result as the module would return it."""
@@ -117,6 +131,7 @@ class OutputSpec:
         places: dict[str, Callable[[Any], Any]] = {
             "output": outputs.__getitem__,
             "input": inputs.__getitem__,
+            "cast": lambda what: inputs[what[0]].to(what[1], copy=True),
             "value": lambda value: value,
         }
         return pytree.tree_unflatten([places[kind](what) for kind, what in self.sources], self.spec)

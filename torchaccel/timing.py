@@ -194,8 +194,8 @@ def measure(
 ) -> Timing:
     """Time `fn(*args)`, in milliseconds per call.
 
-    `warmup` is a number of calls; None warms up until the medians of successive windows agree within 3 %, for at
-    least 0.1 s and at most 5 s or 5000 calls (looked at between windows of 1, 2, 4 ... 32 calls).
+    `warmup` is a number of calls; None warms up until the medians of successive windows (1, 2, 4 ... 32 calls) agree
+    within 3 %: for at least 63 calls and 0.1 s, but no longer than until the window in which 5 s or 5000 calls pass.
     `device` None is the GPU where a tensor in `args` is on one, or where this process has initialised CUDA already;
     else the CPU. On a GPU each call lies between two events on the current stream, one untimed call goes ahead, and
     the host waits once, at the end. On a CPU `time.perf_counter_ns` goes around each call. Python's garbage
@@ -352,7 +352,7 @@ def _warm_up(where: torch.device, call: Callable[[], object], warmup: int | None
         recorder = _recorder(where, size, 0)
         recorder.turn(call, size)
         median, calls = recorder.timing().median_ms, calls + size
-        steady = abs(median - before) <= _STEADY * median
+        steady = size == _WINDOW and abs(median - before) <= _STEADY * median  # short ones agree by chance
         spent = time.monotonic() - started
         if (steady and spent >= _WARMUP_MIN_S) or spent >= _WARMUP_MAX_S or calls >= _WARMUP_MAX_CALLS:
             return calls
@@ -362,11 +362,11 @@ def _warm_up(where: torch.device, call: Callable[[], object], warmup: int | None
 def _drift(samples: tuple[float, ...]) -> tuple[float, float] | None:
     """The medians of the first and the last third, where they differ by more than noise and `_DRIFT` explain.
 
-    The noise is three standard errors of the difference of two medians (1.2533 σ/√n each), σ from the median absolute
+    The noise is four standard errors of the difference of two medians (1.2533 σ/√n each), σ from the median absolute
     deviation.
     """
     third = len(samples) // 3
-    if third < 5:
+    if third < 10:  # fewer say nothing: one in fifty would be called wandering by chance
         return None
     first, last = np.asarray(samples[:third]), np.asarray(samples[-third:])
     medians = float(np.median(first)), float(np.median(last))
@@ -375,7 +375,7 @@ def _drift(samples: tuple[float, ...]) -> tuple[float, float] | None:
         for part, median in zip((first, last), medians, strict=True)
     ]
     change = abs(medians[1] - medians[0])
-    return medians if change > _DRIFT * medians[0] + 3 * float(np.hypot(*errors)) else None
+    return medians if change > _DRIFT * medians[0] + 4 * float(np.hypot(*errors)) else None
 
 
 def _warn(timings: Mapping[str, Timing], rounds: int | None) -> None:

@@ -1,0 +1,178 @@
+"""The course of a benchmark: build every candidate, check it, time all of them interleaved, gather the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+import torchaccel
+from benchmarks import peers
+from benchmarks.candidates import Candidate, baseline, check, noting, ours, refusal, relate, row, strict
+from benchmarks.results_file import document
+from benchmarks.table import conclusion, label, number
+from torchaccel.environment import gpu_state
+from torchaccel.timing import Comparison, compare, measure
+
+SEED = 0
+CPU_BUDGET_S = 40.0  # for all the samples together, so that two slow cores are done within two minutes
+CPU_FEWEST = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and where; `runs` is the number of timed calls per row, fewer on a CPU that is too slow."""
+
+    model: str
+    shape: tuple[int, ...]
+    weights: str
+    device: torch.device
+    precisions: tuple[str, ...]
+    batches: tuple[int, ...]
+    runs: int
+    backend: str = "auto"
+    peers: tuple[str, ...] = ()
+    dynamic_batch: tuple[int, int, int] | None = None
+
+
+def run(plan: Plan, module: nn.Module, progress_on: Console) -> dict[str, Any]:
+    """Measure `module`, which is on the plan's device and in eval mode; returns the content of the result file."""
+    notes: list[str] = []
+    images = dict(_images(plan))
+    with torch.no_grad(), ExitStack() as stay, _progress(progress_on) as progress:
+        steps = len(plan.precisions) * len(plan.batches) * (1 + len(plan.peers))
+        task = progress.add_task("", total=steps + 1)
+        references = {batch: strict(module, images[batch])().clone() for batch in plan.batches}
+        candidates = []
+        for label, built in _built(plan, module, images, stay):
+            progress.update(task, description=label)
+            candidates += built()
+            progress.advance(task)
+        check(candidates, references)
+        progress.update(task, description="measuring")
+        before = gpu_state() if plan.device.type == "cuda" else {}
+        with noting(notes):
+            timed = _timed(plan, candidates)
+        after = gpu_state() if plan.device.type == "cuda" else {}
+        copies = {batch: _copies(images[batch], references[batch], plan.runs) for batch in plan.batches}
+        progress.update(task, advance=1, description="done")
+    rows = [_row(plan, candidate, timed, copies[candidate.batch]) for candidate in candidates]
+    if timed is not None:
+        relate(candidates, rows, timed)
+    settings = _settings(plan, timed)
+    content = document(plan.model, rows, settings=settings, gpu={"before": before, "after": after}, warnings=notes)
+    return content | {"conclusion": [*_measured(plan, content), *conclusion(rows)]}
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _images(plan: Plan) -> Iterator[tuple[int, Tensor]]:
+    generator = torch.Generator().manual_seed(SEED)
+    for batch in plan.batches:
+        yield batch, torch.randn(batch, *plan.shape, generator=generator).to(plan.device)
+
+
+def _built(plan: Plan, module: nn.Module, images: dict[int, Tensor], stay: ExitStack) -> Iterator[tuple[str, Any]]:
+    """The steps of building, each with its label; torchaccel's own first, so that no peer's state reaches them."""
+    for precision in plan.precisions:
+        compiled = cache(lambda precision=precision: _compile(plan, module, precision))
+        for batch in plan.batches:
+            label = f"building {precision}, batch {batch}"
+            yield label, lambda p=precision, c=compiled, x=images[batch]: _own(plan, module, p, c, x)
+    for peer in plan.peers:
+        for precision in plan.precisions:
+            for batch in plan.batches:
+                label = f"building {peers.NAMES[peer]}, {precision}, batch {batch}"
+                yield label, lambda a=peer, p=precision, x=images[batch]: [peers.build(a, module, p, x, stay)]
+
+
+def _compile(plan: Plan, module: nn.Module, precision: str) -> nn.Module:
+    return torchaccel.compile(module, precision, backend=plan.backend, dynamic_batch=plan.dynamic_batch)
+
+
+def _own(plan: Plan, module: nn.Module, precision: str, compiled: Any, inputs: Tensor) -> list[Candidate]:
+    """The row of torchaccel and, for want of an FP32 engine, the baseline that stands in for it."""
+    if refused := refusal(plan.backend, precision, plan.device):
+        found = Candidate("torchaccel", refused[0], precision, len(inputs), reason=refused[1])
+    else:
+        found = ours(compiled, plan.backend, precision, inputs)
+    if precision != "fp32" or found.call is not None:
+        return [found]
+    return [found, baseline(module, inputs)]
+
+
+def _timed(plan: Plan, candidates: list[Candidate]) -> Comparison | None:
+    ready = [candidate for candidate in candidates if candidate.call is not None]
+    if not ready:
+        return None
+    calls: dict[str, Any] = {candidate.name: candidate.call for candidate in ready}
+    calls |= {f"{candidate.name} replay": candidate.replay for candidate in ready if candidate.replay is not None}
+    if plan.device.type == "cuda":
+        return compare(calls, samples=plan.runs, device=plan.device)
+    share = 1000 * CPU_BUDGET_S / len(ready)
+    samples = {one.name: min(plan.runs, max(CPU_FEWEST, int(share / one.first_ms))) for one in ready}
+    return compare(calls, samples=samples, device=plan.device, warmup=0)  # built and checked: two calls or more
+
+
+def _copies(images: Tensor, output: Tensor, runs: int) -> dict[str, float | None]:
+    """What it takes to copy a batch from pinned memory to the GPU, and its output back."""
+    if not images.is_cuda:
+        return {"h2d_ms": None, "d2h_ms": None}
+    ends = {
+        "h2d_ms": (images.clone(), images.cpu().pin_memory()),
+        "d2h_ms": (output.cpu().pin_memory(), output.clone()),
+    }
+    with noting([]):  # a copy of a few KiB is all launch, and that is what it takes
+        return {
+            name: measure(target.copy_, source, True, samples=runs, device=images.device).median_ms
+            for name, (target, source) in ends.items()
+        }
+
+
+def _row(plan: Plan, candidate: Candidate, timed: Comparison | None, copies: dict[str, float | None]) -> dict[str, Any]:
+    shared = {"model": plan.model, "input_shape": [candidate.batch, *plan.shape], "dynamic_batch": plan.dynamic_batch}
+    return row(candidate, timed, **shared) | copies
+
+
+def _settings(plan: Plan, timed: Comparison | None) -> dict[str, Any]:
+    gpu = plan.device.type == "cuda"
+    return asdict(plan) | {
+        "device": str(plan.device),
+        "seed": SEED,
+        "rounds": len(timed.round_ms[timed.baseline]) if timed else None,
+        "warmup": "until steady" if gpu else "the calls that built and checked it",
+        "clock": "CUDA events, one pair per call" if gpu else "time.perf_counter_ns around each call",
+        "reference": "the module in FP32 with TF32 off",
+    }
+
+
+def _measured(plan: Plan, content: dict[str, Any]) -> Iterator[str]:
+    """What was measured, and on what: the first lines of the conclusion."""
+    rows = [line for line in content["rows"] if line["median_ms"] is not None]
+    environment = content["environment"]
+    if plan.device.type == "cpu":
+        through = ", ".join(dict.fromkeys(line["backend"] for line in rows)) or "nothing"
+        yield f"No GPU was found: this measured the CPU ({environment['cpu']}) through {through}."
+        yield "Nothing here is a GPU figure."
+    else:
+        yield f"Measured on {torch.cuda.get_device_name(plan.device)}, weights: {plan.weights}, seed {SEED}."
+    counts = {line["samples"] for line in rows}
+    if len(counts) == 1:
+        yield f"Timed calls per row: {counts.pop()}."
+    elif counts:
+        each = ", ".join(f"{label(line)} {line['samples']}" for line in rows)
+        yield f"Timed calls, of {plan.runs} as far as the time allows: {each}."
+    for line in rows:
+        if line["replay_median_ms"] is not None:
+            replay, call = number(line["replay_median_ms"]), number(line["median_ms"])
+            yield f"{label(line)}: replaying its graph alone takes {replay} ms, a whole call {call} ms."

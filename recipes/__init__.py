@@ -1,0 +1,1 @@
+"""Scripts that a user reads and copies."""

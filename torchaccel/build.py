@@ -1,0 +1,149 @@
+"""From a call to a gated engine: reference, capture, build, load, CUDA graph, gate."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchaccel.backends.base import Backend, Engine, Plan
+from torchaccel.capture import capture, engine_input, resize_batch
+from torchaccel.errors import AccuracyError, BuildError
+from torchaccel.gate import compare_outputs, reference, require, run_module
+from torchaccel.options import Options
+from torchaccel.precision import PRECISIONS
+from torchaccel.report import EngineRecord
+from torchaccel.runner import Pool, Runner
+from torchaccel.signature import Call, OutputSpec, flatten
+from torchaccel.weights import WeightStore
+
+
+@dataclass
+class Built:
+    """A plan, and what a runner needs besides: where the outputs go, and in which dtypes."""
+
+    backend: Backend
+    plan: Plan
+    dtypes: tuple[torch.dtype, ...]
+    outputs: OutputSpec
+    record: EngineRecord
+    dynamic: bool
+    engine: Engine | None = None
+
+    def is_fresh_in_place(self) -> bool:
+        """Whether its weights are the store's own tensors, so that refreshing those refreshes it."""
+        return self.engine is not None and self.engine.shares_store
+
+    def runner(self, tensors: Sequence[torch.Tensor], pool: Pool, cuda_graph: bool) -> Runner:
+        """A runner for the shapes of `tensors`, on an engine that is loaded already or is loaded now."""
+        if self.engine is not None:
+            engine = self.engine.another()
+        else:
+            engine = self.backend.load(self.plan, pool.device)
+            # A static TensorRT engine has weights of its own, which go when its runner goes; the plan stays.
+            self.engine = engine if self.dynamic or engine.shares_store else None
+        with torch.inference_mode(False):
+            examples = [engine_input(tensor, self.plan.precision.dtype) for tensor in tensors]
+        return Runner(engine, examples, self.dtypes, self.outputs, pool, describe(tensors), cuda_graph)
+
+
+@dataclass
+class Builder:
+    """Builds the engines of one compiled module, with the first of its backends that can."""
+
+    module: nn.Module
+    options: Options
+    backends: tuple[Backend, ...]
+    store: WeightStore
+
+    def __call__(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> tuple[Built, Runner]:
+        """A gated plan and its first runner for a call whose tensors, on the device, are `tensors`.
+
+        A failed build or gate moves on to the next backend, which only `fallback=` adds, and the record says why.
+        """
+        reason = ""
+        for backend in self.backends[:-1]:
+            try:
+                return self._build(backend, call, tensors, pool, reason)
+            except (BuildError, AccuracyError) as error:
+                reason = f"{backend.name} failed: {error}"
+        return self._build(self.backends[-1], call, tensors, pool, reason)
+
+    def _build(
+        self, backend: Backend, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str
+    ) -> tuple[Built, Runner]:
+        options, precision = self.options, PRECISIONS[self.options.precision]
+        record = EngineRecord(describe(tensors), backend.name, precision.name, fell_back_because=reason)
+        expected = reference(self.module, call, tensors)
+        with _timed(record, "export_ms"):
+            program = capture(
+                self.module,
+                call,
+                tensors,
+                precision,
+                keep_fp32=options.keep_fp32,
+                dynamic_batch=options.dynamic_batch,
+            )
+        record.folded_batch_norms = program.folded
+        program.take_weights(self.store, self.module, channels_last=backend.native)
+        with _timed(record, "build_ms"):
+            plan = backend.build(program, precision, pool.device, partial=options.partial)
+        record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
+        dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
+        outputs = expected.output_spec(program.outputs)
+        built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
+        with _timed(record, "load_ms"):
+            runner = built.runner(tensors, pool, options.cuda_graph)
+        with _timed(record, "gate_ms"):
+            self._gate(built, runner, call, tensors, program.batched, program.outputs.computed(expected.leaves))
+        return built, runner
+
+    def _gate(
+        self,
+        built: Built,
+        runner: Runner,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        batched: Sequence[bool],
+        expected: Sequence[torch.Tensor],
+    ) -> None:
+        """Check the runner, graph and casts included; a dynamic engine at its smallest, best and largest batch too."""
+        sizes = self.options.dynamic_batch
+        checks = [(None, runner, list(tensors), expected)] if sizes is None else []
+        for size in sorted(set(sizes or ())):
+            resized = resize_batch(tensors, batched, size)
+            again = built.outputs.computed(reference(self.module, call, resized).leaves)
+            checks.append((size, built.runner(resized, runner.pool, self.options.cuda_graph), list(resized), again))
+        for size, checked, inputs, wanted in checks:
+            with torch.inference_mode(False), torch.no_grad():
+                got = checked(inputs)
+            gate = compare_outputs(got, wanted, self.options.bound, size)
+            built.record.gates += (gate,)
+            require(gate, built.backend.name, self.options.precision)
+
+    def _dtypes(
+        self,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        expected: Sequence[torch.Tensor],
+        program: OutputSpec,
+    ) -> tuple[torch.dtype, ...]:
+        """The dtypes that the module would return: under the caller's autocast, if it is on."""
+        if call.autocast is None:
+            return tuple(output.dtype for output in expected)
+        leaves, _ = flatten(run_module(self.module, call, tensors, tf32=False, autocast=True))
+        return tuple(output.dtype for output in program.computed(leaves))
+
+
+def describe(tensors: Sequence[torch.Tensor]) -> str:
+    """The shapes and dtypes of a call's tensors, such as `float32[8, 3, 224, 224]`."""
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
+
+
+@contextmanager
+def _timed(record: EngineRecord, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    setattr(record, name, (time.perf_counter() - started) * 1e3)

@@ -1,0 +1,314 @@
+"""CompiledModule: the drop-in that finds the runner for a call."""
+
+import copy
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchaccel import streaming
+from torchaccel.build import Builder, Built
+from torchaccel.capture import batch_size, batched_inputs
+from torchaccel.errors import BackendWarning, InputError, StaleWeightsError
+from torchaccel.options import Options
+from torchaccel.report import Report
+from torchaccel.runner import Pool, Runner
+from torchaccel.signature import Call, read_call
+from torchaccel.weights import WeightWatch
+
+
+@dataclass
+class State:
+    """What a compiled module holds besides the module: engines by signature, their weights, the report."""
+
+    module: nn.Module
+    options: Options
+    device: torch.device
+    build: Builder
+    report: Report
+    pool: Pool
+    built: dict[Any, Built] = field(default_factory=dict)
+    runners: "OrderedDict[Any, Runner]" = field(default_factory=OrderedDict)
+    stale: str = ""
+    warned_of_gradients: bool = False
+    _prints: list[int] | None = None
+    _calls_since_check: int = 0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._watch = WeightWatch(self.module)
+
+    def find(self, call: Call) -> Runner:
+        """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
+        try:
+            self.runners.move_to_end(call.key)
+            return self.runners[call.key]
+        except KeyError:
+            return self._miss(call)
+
+    def _miss(self, call: Call) -> Runner:
+        with self._lock:
+            if call.key in self.runners:
+                return self.runners[call.key]
+            started = time.perf_counter()
+            tensors = self._on_device(call)
+            key = self._plan_key(call)
+            if not self.built:
+                self._watch.accept()
+            if key in self.built:
+                runner = self.built[key].runner(tensors, self.pool, self.options.cuda_graph)
+            else:
+                built, runner = self.build(call, tensors, self.pool)
+                runner(tensors)
+                self.pool.synchronize()
+                built.record.first_call_ms = (time.perf_counter() - started) * 1e3
+                self.built[key] = built
+                self.report.builds += 1
+                self.report.engines.append(built.record)
+                if self._prints is None:
+                    self._prints = self._watch.fingerprint()
+            runner.plan_key = key
+            self.runners[call.key] = runner
+            while len(self.runners) > self.options.max_runners:
+                self.runners.popitem(last=False)
+            return runner
+
+    def _on_device(self, call: Call) -> list[torch.Tensor]:
+        if not call.tensors:
+            raise InputError("the call has no tensor among its arguments, so there is nothing to run an engine on.")
+        for index, tensor in enumerate(call.tensors):
+            if tensor.device.type != "cpu" and tensor.device != self.device:
+                raise InputError(
+                    f"input {index} is on {tensor.device}, and the model on {self.device}: move one of them with .to()."
+                )
+        return [tensor.detach().to(self.device) for tensor in call.tensors]
+
+    def _plan_key(self, call: Call) -> Any:
+        sizes = self.options.dynamic_batch
+        if sizes is None:
+            return call.key
+        size = batch_size(call.tensors)
+        if not sizes[0] <= size <= sizes[2]:
+            raise InputError(
+                f"the batch is {size}, outside dynamic_batch={sizes}: pass between {sizes[0]} and {sizes[2]} items, or "
+                f"compile with a wider range."
+            )
+        batched = batched_inputs(call.tensors)
+        shapes = tuple((t.shape[1:] if b else t.shape, t.dtype, b) for t, b in zip(call.tensors, batched, strict=True))
+        return shapes, repr(call.template), repr(call.spec), call.autocast
+
+    def check_weights(self) -> None:
+        """Act on a change of the module's weights that PyTorch tracks, and at times look for those that it does not."""
+        if self.options.on_weight_change == "ignore" or not self.built:
+            return
+        if self.stale:
+            raise StaleWeightsError(self.stale)
+        if self._watch.changed():
+            self._take_change()
+        every = self.options.check_weights_every
+        if every is not None:
+            self._calls_since_check += 1
+            if self._calls_since_check >= every:
+                self.check_untracked()
+
+    def check_untracked(self) -> None:
+        """Compare the fingerprint of the weights with that of the last refresh; waits for the device."""
+        self._calls_since_check = 0
+        if self.options.on_weight_change == "ignore" or self._prints is None or self._watch.structure_changed():
+            return
+        if self._watch.fingerprint() != self._prints:
+            self._take_change("a write that PyTorch does not track")
+
+    def _take_change(self, what: str = "") -> None:
+        with self._lock:
+            if not what and not self._watch.changed():
+                return  # another thread has taken it meanwhile
+            if self.options.on_weight_change == "raise":
+                self.stale = (
+                    f"the weights of {type(self.module).__name__} changed after its engines were built"
+                    f"{f' ({what})' if what else ''}; call refresh() to take the new ones."
+                )
+                raise StaleWeightsError(self.stale)
+            self.refresh(what)
+
+    def refresh(self, what: str = "") -> None:
+        """Bring every engine up to date: in place where its weights are plain tensors, by dropping its plan elsewhere."""
+        with self._lock:
+            started = time.perf_counter()
+            self.stale = ""
+            if self._watch.structure_changed():
+                self._drop_all()
+            else:
+                with self.pool.turn():
+                    self.build.store.refresh(self.module)
+                self.built = {key: built for key, built in self.built.items() if built.is_fresh_in_place()}
+                for key in [key for key, runner in self.runners.items() if runner.plan_key not in self.built]:
+                    del self.runners[key]
+            if what:
+                self.report.events.append(f"refreshed after {what}")
+            self._watch.accept()
+            self._prints = self._watch.fingerprint() if self.built else None
+            self.pool.synchronize()
+            self.report.refreshes += 1
+            self.report.refresh_ms = (time.perf_counter() - started) * 1e3
+
+    def _drop_all(self) -> None:
+        """Forget every plan, runner and weight, and follow the module to its device; the next call builds."""
+        self.runners.clear()
+        self.built.clear()
+        self.build.store.clear()
+        self.report.events.append("the module's structure, dtypes or device changed: engines are built anew")
+        device = module_device(self.module) or self.device
+        if device != self.device:
+            self.device, self.pool, self.report.device = device, Pool(device), describe_device(device)
+
+    def memory_mib(self) -> float:
+        """Device memory of weights, engines, buffers and graphs; zero on a CPU."""
+        if self.device.type != "cuda":
+            return 0.0
+        runners = list(self.runners.values())
+        held = self.build.store.size_bytes() + sum(runner.engine_bytes() for runner in runners)
+        return held / 2**20 + sum(runner.record.device_mib for runner in runners)
+
+
+class CompiledModule(nn.Module):
+    """A drop-in for the module: calls in eval mode run engines, calls in training mode run the module itself.
+
+    It shares the module's parameters, buffers, submodules, hooks and mode; `module` is the module. Attributes that are
+    not its own are the module's, and setting one sets the module's.
+    """
+
+    _state: State
+
+    def __init__(self, state: State) -> None:
+        # The module's own dictionaries, not copies: what is registered on one is registered on the other.
+        self.__dict__.update(
+            {name: value for name, value in state.module.__dict__.items() if name in vars(nn.Module())}
+        )
+        self.__dict__.pop("training", None)
+        self.__dict__["_state"] = state
+
+    @property
+    def module(self) -> nn.Module:
+        """The caller's module, which owns the weights."""
+        return self._state.module
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The module's mode."""
+        return self._state.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._state.module.training = mode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run an engine (building it at the first call of a signature), or the module in training mode."""
+        state = self._state
+        if state.module.training:
+            return self._run_module(args, kwargs)
+        call = read_call(args, kwargs)
+        if torch.is_grad_enabled():
+            if any(tensor.requires_grad for tensor in call.tensors):
+                return self._run_module(args, kwargs)
+            if not state.warned_of_gradients:
+                self._warn_of_gradients()
+        if any(tensor.numel() == 0 for tensor in call.tensors):
+            return self._run_module(args, kwargs)
+        state.check_weights()
+        runner = state.find(call)
+        outputs = runner(call.tensors)
+        return runner.outputs.assemble(outputs, call.tensors)
+
+    def stream(
+        self, batches: Iterable[Any], preprocess: Callable[..., Any] | None = None
+    ) -> Iterator[Any]:
+        """Serve batches from the host, in order, with copy in, compute and copy out overlapped; yields CPU results.
+
+        A batch is a tensor or array, a tuple or list of positional arguments, or a dict of keyword arguments; CPU
+        tensors, pinned or not, and NumPy arrays. `preprocess` gets a batch's tensors on the device and returns the
+        module's arguments: decode bytes and normalise there, and copy a quarter of the data.
+        """
+        streaming.check_preprocess(preprocess)
+        if self._state.device.type == "cuda" and not self.training:
+            return streaming.Ring(self._state.device, self._find_checked, preprocess).serve(batches)
+        return (self._serve_one(batch, preprocess) for batch in batches)
+
+    def refresh(self) -> None:
+        """Take the module's weights as they are now, however they were written; waits for the device."""
+        self._state.refresh("refresh()")
+
+    def report(self) -> Report:
+        """What was built, how it was checked, and what served the calls so far."""
+        state = self._state
+        state.report.runners = [runner.record for runner in state.runners.values()]
+        state.report.calls_by_engine = state.pool.calls
+        state.report.device_memory_mib = state.memory_mib()
+        return copy.deepcopy(state.report)
+
+    def runner_for(self, *args: Any, **kwargs: Any) -> Runner:
+        """The runner that serves such a call, built if need be; `replay()` on it runs the engine without copies."""
+        return self._find_checked(read_call(args, kwargs))
+
+    def train(self, mode: bool = True) -> "CompiledModule":
+        """The module's mode; entering eval mode looks for writes to the weights that PyTorch does not track."""
+        self._state.module.train(mode)
+        if not mode:
+            self._state.check_untracked()
+        return self
+
+    def _find_checked(self, call: Call) -> Runner:
+        self._state.check_weights()
+        return self._state.find(call)
+
+    def _serve_one(self, batch: Any, preprocess: Callable[..., Any] | None) -> Any:
+        args, kwargs = streaming.preprocessed(*streaming.read_batch(batch), preprocess)
+        return self(*args, **kwargs)
+
+    def _run_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._state.report.calls_by_module += 1
+        return self._state.module.forward(*args, **kwargs)
+
+    def _warn_of_gradients(self) -> None:
+        self._state.warned_of_gradients = True
+        if any(parameter.requires_grad for parameter in self._state.module.parameters()):
+            warnings.warn(
+                "gradients are enabled, and engines compute none: no gradient will flow to the module's parameters. "
+                "Call under torch.no_grad() or torch.inference_mode(), or train() to run the module itself.",
+                BackendWarning,
+                stacklevel=5,
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_state"].module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._state.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._state.module, name)
+
+    def __repr__(self) -> str:
+        options = self._state.options
+        return f"CompiledModule(precision={options.precision!r}, backend={options.backend!r}, module={self.module!r})"
+
+
+def module_device(module: nn.Module) -> torch.device | None:
+    """The device of the module's tensors; None where it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return None
+
+
+def describe_device(device: torch.device) -> str:
+    """A device with the GPU's name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

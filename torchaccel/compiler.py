@@ -1,0 +1,202 @@
+"""compile(): options are validated, a backend is chosen, and the module comes back as a drop-in."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchaccel.backends.base import Backend
+from torchaccel.backends.eager import Eager
+from torchaccel.backends.inductor import Inductor
+from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
+from torchaccel.backends.torch_tensorrt import TorchTensorRT
+from torchaccel.build import Builder
+from torchaccel.compiled import CompiledModule, State, describe_device, module_device
+from torchaccel.errors import BackendError, BackendWarning, OptionError
+from torchaccel.options import Options, check_module_names, make_options
+from torchaccel.precision import PRECISIONS
+from torchaccel.report import Report
+from torchaccel.runner import Pool
+from torchaccel.streaming import read_batch
+from torchaccel.weights import WeightStore
+
+BACKENDS: dict[str, Backend] = {row.name: row for row in (TorchTensorRT(), OnnxTensorRT(), Inductor(), Eager())}
+AUTO = ("torch_tensorrt", "inductor", "eager")  # what "auto" means, best first
+
+
+def compile(  # noqa: A001 - the name that the field uses
+    module: nn.Module,
+    precision: str = "fp16",
+    *,
+    inputs: Any = None,
+    backend: str = "auto",
+    fallback: str | None = None,
+    dynamic_batch: tuple[int, int, int] | None = None,
+    device: torch.device | str | None = None,
+    tolerance: float | None = None,
+    keep_fp32: Iterable[str] = (),
+    partial: bool = False,
+    cuda_graph: bool = True,
+    max_runners: int = 8,
+    on_weight_change: str = "refresh",
+    check_weights_every: int | None = None,
+    objective: str = "latency",
+    race_budget_s: float | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+) -> CompiledModule:
+    """Make `module` run fast: a drop-in that computes what the module does, through a checked engine.
+
+    It returns at once, in eval mode, the module in eval mode too; a module on the CPU is moved to the GPU where there
+    is one, in place. The engine is built at the first call, or now for `inputs`.
+
+    Args:
+        module: the trained module; it goes on owning the weights.
+        precision: what engines compute in: "fp32" (IEEE), "tf32", "fp16" or "bf16".
+        inputs: a batch to build for at once: a tensor, a tuple of arguments or a dict of keyword arguments.
+        backend: "auto" (Torch-TensorRT where it is usable, else the best PyTorch-native one, with a warning),
+            "torch_tensorrt", "onnx_tensorrt", "inductor" or "eager"; a named one runs or raises.
+        fallback: the backend to try after a failed build or gate; None raises.
+        dynamic_batch: (min, opt, max): one engine for all batch sizes in that range, at its best at opt.
+        device: where to run; None takes the module's GPU, else the current one, else the CPU.
+        tolerance: the relative error ‖y−r‖/‖r‖ that each output may have; None takes the precision's own bound.
+        keep_fp32: names of submodules that go on computing in fp32.
+        partial: allow operators outside TensorRT engines, run by PyTorch (torch_tensorrt only).
+        cuda_graph: replay engines as captured CUDA graphs.
+        max_runners: signatures whose buffers and graphs are kept; the least recently used go first.
+        on_weight_change: "refresh" engines at the next call, "raise", or "ignore" changes until `refresh()`.
+        check_weights_every: calls between two looks for writes that PyTorch does not track; None looks only at
+            `eval()` and `refresh()`.
+        objective: what a race decides by; "latency".
+        race_budget_s: how long a race may take; there is none yet.
+        cache_dir: where plans are kept between processes; there is no such cache yet.
+
+    Raises:
+        OptionError: an argument is wrong; the message lists what is allowed.
+        BackendError: the named backend is not usable here or does not honour the precision on this device.
+        BuildError, AccuracyError: at the first call (or here, given `inputs`).
+
+    >>> import torch, torchaccel
+    >>> module = torch.nn.Linear(4, 2)
+    >>> model = torchaccel.compile(module, "fp32", backend="eager", device="cpu")
+    >>> with torch.no_grad():
+    ...     model(torch.ones(3, 4)).shape
+    torch.Size([3, 2])
+    >>> model.report().calls_by_engine
+    1
+    """
+    options = make_options(
+        precision,
+        device,
+        keep_fp32,
+        dynamic_batch,
+        backend=backend,
+        fallback=fallback,
+        tolerance=tolerance,
+        partial=partial,
+        cuda_graph=cuda_graph,
+        max_runners=max_runners,
+        on_weight_change=on_weight_change,
+        check_weights_every=check_weights_every,
+        objective=objective,
+        race_budget_s=race_budget_s,
+        cache_dir=cache_dir,
+    )
+    _check_module(module, options)
+    target = _device(module, options)
+    chosen, reason = choose(options, target)
+    backends = (chosen,)
+    if options.fallback is not None:
+        backends += (require_usable(BACKENDS[options.fallback], options, target),)
+    module.eval()
+    if module_device(module) not in (None, target):
+        module.to(target)
+    report = Report(type(module).__name__, precision, describe_device(target), backend, chosen.name, reason)
+    builder = Builder(module, options, backends, WeightStore())
+    model = CompiledModule(State(module, options, target, builder, report, Pool(target)))
+    if inputs is not None:
+        args, kwargs = read_batch(inputs)
+        model.runner_for(*args, **kwargs)
+    return model
+
+
+def choose(options: Options, device: torch.device) -> tuple[Backend, str]:
+    """The backend that serves the options on a device, and why if it is not the first choice; warns then.
+
+    Raises `BackendError` for a named backend that cannot.
+    """
+    if options.backend != "auto":
+        return require_usable(BACKENDS[options.backend], options, device), ""
+    reasons = []
+    for name in AUTO:
+        problem = unusable(BACKENDS[name], options, device)
+        if problem is None:
+            break
+        reasons.append(f"{name}: {problem}")
+    else:
+        raise BackendError(f"no backend can compute {options.precision} on {device}. " + "; ".join(reasons))
+    if not reasons:
+        return BACKENDS[name], ""
+    if options.partial:
+        raise OptionError("partial=True belongs to torch_tensorrt, which is not usable here. " + "; ".join(reasons))
+    because = f"because {'; '.join(reasons)}"
+    warnings.warn(f"backend='auto' serves through {name}, {because}", BackendWarning, stacklevel=3)
+    return BACKENDS[name], because
+
+
+def unusable(backend: Backend, options: Options, device: torch.device) -> str | None:
+    """Why a backend cannot serve the options on a device; None where it can."""
+    return backend.unavailable() or backend.honours(PRECISIONS[options.precision], device)
+
+
+def require_usable(backend: Backend, options: Options, device: torch.device) -> Backend:
+    """The backend, or `BackendError` with the reason."""
+    problem = unusable(backend, options, device)
+    if problem:
+        raise BackendError(
+            f"backend={backend.name!r} cannot run precision={options.precision!r} on {device}: {problem}. "
+            f"`python -m torchaccel env` shows what is usable here; backend='auto' takes the best of it."
+        )
+    return backend
+
+
+def _check_module(module: nn.Module, options: Options) -> None:
+    if isinstance(module, CompiledModule):
+        raise OptionError("module is compiled already; compile its `.module` to change options.")
+    if not isinstance(module, nn.Module):
+        raise OptionError(f"module is a {type(module).__qualname__}; allowed is a torch.nn.Module.")
+    check_module_names(module, options.keep_fp32)
+
+
+def _device(module: nn.Module, options: Options) -> torch.device:
+    """The device asked for, else the module's GPU, else the current GPU, else the CPU."""
+    if options.device is not None:
+        return options.device
+    held = module_device(module)
+    if held is not None and held.type == "cuda":
+        return held
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """A backend as `backends()` shows it: whether it is available, and the reason if not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def backends() -> tuple[BackendRow, ...]:
+    """The table of backends, each available on this machine or with the reason that it is not.
+
+    >>> [row.name for row in backends()]
+    ['torch_tensorrt', 'onnx_tensorrt', 'inductor', 'eager']
+    """
+    problems = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    return tuple(BackendRow(name, problem is None, problem or "") for name, problem in problems.items())

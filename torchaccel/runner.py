@@ -1,0 +1,198 @@
+"""One engine at one input signature: static buffers, a captured CUDA graph, and stream order.
+
+The order, in both directions: a call waits, on the caller's stream, for the call before it, copies its inputs into the
+static buffers, replays the graph, copies the outputs out and leaves an event for the next call to wait for. All of it
+is enqueued under one lock and the host waits for none of it.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from torchaccel.backends.base import Engine
+from torchaccel.report import RunnerRecord
+from torchaccel.signature import OutputSpec
+
+WARM_UP_RUNS = 3
+
+
+class Pool:
+    """What the runners of one compiled module share on a device: a memory pool, one lock and one chain of events.
+
+    Graphs that share a memory pool must never overlap, so whoever uses one holds the lock while it enqueues and is
+    ordered on the device after whoever came before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lock = threading.RLock()
+        self._is_cuda = device.type == "cuda"
+        self._done = torch.cuda.Event() if self._is_cuda else None
+        self.calls = 0
+        self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
+
+    @contextmanager
+    def turn(self, stream: Any = None) -> Iterator[None]:
+        """Hold the lock; on the device, come after the last turn and before the next, on `stream` or the current one."""
+        with self.lock:
+            if self._done is None:
+                yield
+                return
+            with self.on_device():
+                stream = stream or torch.cuda.current_stream(self.device)
+                stream.wait_event(self._done)
+                try:
+                    yield
+                finally:
+                    self._done.record(stream)
+
+    def synchronize(self) -> None:
+        """Wait on the host for everything that was enqueued on the device."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def on_device(self) -> Any:
+        """Makes the pool's device the current one."""
+        if not self._is_cuda or torch.cuda.current_device() == self.device.index:
+            return nullcontext()
+        return torch.cuda.device(self.device)
+
+
+class Runner:
+    """Serves calls of one signature.
+
+    `examples` are tensors as the engine takes them at this signature; `dtypes` are those of the outputs that the module
+    would return. Where a graph cannot be captured the engine runs without, and `record` says why.
+    """
+
+    def __init__(  # noqa: PLR0917
+        self,
+        engine: Engine,
+        examples: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        outputs: OutputSpec,
+        pool: Pool,
+        signature: str,
+        cuda_graph: bool = True,
+    ) -> None:
+        self.outputs = outputs
+        self.pool = pool
+        self.plan_key: Any = None
+        self.record = RunnerRecord(signature, graph=False)
+        self._engine = engine
+        self._dtypes = tuple(dtypes)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._results: tuple[torch.Tensor, ...] = ()
+        before = _reserved_bytes(pool.device)
+        with torch.inference_mode(False):
+            self._inputs = tuple(_laid_out(example, engine.channels_last) for example in examples)
+        if pool.device.type != "cuda":
+            self.record.why_no_graph = "CUDA graphs need a GPU"
+        elif not cuda_graph:
+            self.record.why_no_graph = "cuda_graph=False"
+        else:
+            self._capture()
+        self.record.device_mib = (_reserved_bytes(pool.device) - before) / 2**20
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs, new tensors in the module's dtypes, on the device that the inputs are on.
+
+        Tensors on the GPU are read on the current stream, without synchronisation. Tensors on the CPU go through pinned
+        memory; then the host waits for the outputs, since they are to be read there.
+        """
+        from_host = self.pool.device.type == "cuda" and bool(tensors) and all(_on_cpu(tensor) for tensor in tensors)
+        staged = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
+        with self.pool.turn():
+            self.load_inputs(staged)
+            results = self.own_results()
+        return to_host(results) if from_host else results
+
+    def load_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy a call's tensors into the static buffers, casting on the way; hold the pool's turn."""
+        for buffer, tensor in zip(self._inputs, tensors, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+
+    def own_results(self) -> list[torch.Tensor]:
+        """Run, and copy the results out into tensors of the caller's own; hold the pool's turn."""
+        self.record.calls += 1
+        self.pool.calls += 1
+        return [_own(result, dtype) for result, dtype in zip(self.run(), self._dtypes, strict=True)]
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """Run the engine on what is in the static buffers; hold the pool's turn. A graph overwrites its last results."""
+        if self._graph is None:
+            return self._engine(*self._inputs)
+        self._graph.replay()
+        return self._results
+
+    def replay(self) -> None:
+        """One run on the static buffers as they are, without copies: what the engine alone costs."""
+        with self.pool.turn():
+            self.run()
+
+    def engine_bytes(self) -> int:
+        """Device memory that the engine holds outside PyTorch's allocator."""
+        return self._engine.device_bytes()
+
+    def _stage(self, tensor: torch.Tensor, reuse_pinned: bool) -> torch.Tensor:
+        """A CPU tensor on the device; the caller's own pinned memory is read directly only if the call waits for it."""
+        if self.pool.device.type != "cuda" or not _on_cpu(tensor):
+            return tensor
+        if not (reuse_pinned and tensor.is_pinned()):
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach())
+        return tensor.to(self.pool.device, non_blocking=True)
+
+    def _capture(self) -> None:
+        """Warm up and capture on a side stream; only this thread's CUDA calls are watched meanwhile."""
+        device = self.pool.device
+        side = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        side.wait_stream(current)
+        with self.pool.turn(side), torch.inference_mode(False), torch.no_grad():
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_RUNS):
+                    self._engine(*self._inputs)
+            side.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
+                    self._results = self._engine(*self._inputs)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._results = ()
+                self.record.why_no_graph = f"the engine cannot be captured: {str(error).strip().splitlines()[0]}"
+            else:
+                self._graph = graph
+                self.record.graph = True
+        current.wait_stream(side)
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def to_host(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Device tensors as CPU tensors of the caller's own, through pinned memory; waits for them."""
+    pinned = [torch.empty(result.shape, dtype=result.dtype, pin_memory=True) for result in results]
+    for target, result in zip(pinned, results, strict=True):
+        target.copy_(result, non_blocking=True)
+    torch.cuda.current_stream(results[0].device).synchronize()
+    return [target.clone() for target in pinned]
+
+
+def _own(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy in the dtype that the module would return: no later call changes it."""
+    return result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _laid_out(example: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    layout = torch.channels_last if channels_last and example.dim() == 4 else torch.contiguous_format
+    return example.detach().clone(memory_format=layout)
+
+
+def _reserved_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

@@ -1,0 +1,156 @@
+"""The host-to-host ring behind `stream()`: copy in, compute and copy out overlap, outputs come in order."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from torchaccel.errors import OptionError
+from torchaccel.runner import Runner
+from torchaccel.signature import Call, read_call
+
+SLOTS = 3
+
+Preprocess = Callable[..., Any]
+
+
+def read_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the arguments of a call: a tuple or list is positional, a dict is keywords, the rest is one argument.
+
+    NumPy arrays become tensors that share their memory.
+
+    >>> read_batch((1, np.zeros(2)))
+    ((1, tensor([0., 0.], dtype=torch.float64)), {})
+    """
+    batch = pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    if isinstance(batch, dict):
+        return (), batch
+    return (batch,), {}
+
+
+def preprocessed(
+    args: tuple[Any, ...], kwargs: dict[str, Any], preprocess: Preprocess | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments after `preprocess`, whose result is read like a batch."""
+    return (args, kwargs) if preprocess is None else read_batch(preprocess(*args, **kwargs))
+
+
+def check_preprocess(preprocess: Any) -> None:
+    """Raise `OptionError` unless it is None or callable."""
+    if preprocess is not None and not callable(preprocess):
+        raise OptionError(f"preprocess={preprocess!r}: give a function of a batch's tensors on the device, or None.")
+
+
+@dataclass
+class _Slot:
+    """One place in the ring: the events that order its steps, its pinned buffers, and the call that it serves."""
+
+    copied_in: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    computed: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    copied_out: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    pinned: dict[Any, torch.Tensor] = field(default_factory=dict)
+    results: list[torch.Tensor] = field(default_factory=list)
+    assemble: Callable[[list[torch.Tensor]], Any] = list
+
+    def staging(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """This slot's pinned buffer for the batch's tensor number `index`."""
+        key = (index, like.shape, like.dtype)
+        if key not in self.pinned:
+            self.pinned[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        return self.pinned[key]
+
+
+class Ring:
+    """Slots on three streams: while one copies in, another computes and a third copies out.
+
+    `find` gives the runner of a call whose tensors are on the device.
+    """
+
+    def __init__(self, device: torch.device, find: Callable[[Call], Runner], preprocess: Preprocess | None) -> None:
+        self._device = device
+        self._find = find
+        self._preprocess = preprocess
+        self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
+
+    def serve(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The result of each batch, in order, on the CPU.
+
+        At most three batches are in flight; further ones are not read until a result is taken. An exception, of the
+        source or of the model, is raised where the result of its batch would have come.
+        """
+        free = deque(_Slot() for _ in range(SLOTS))
+        busy: deque[_Slot] = deque()
+        failure: BaseException | None = None
+        source = iter(batches)
+        while failure is None:
+            if not free:
+                slot = busy.popleft()
+                yield self._finish(slot)
+                free.append(slot)
+            try:
+                batch = next(source)
+                self._start(free[0], batch)
+            except StopIteration:
+                break
+            except Exception as error:  # noqa: BLE001 - raised below, after the results that come before it
+                failure = error
+            else:
+                busy.append(free.popleft())
+        while busy:
+            yield self._finish(busy.popleft())
+        if failure is not None:
+            raise failure
+
+    def _start(self, slot: _Slot, batch: Any) -> None:
+        args, kwargs = read_batch(batch)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        with torch.cuda.device(self._device), torch.no_grad():
+            with torch.cuda.stream(self._copy_in):
+                on_device = [self._copy(slot, index, leaf) for index, leaf in enumerate(leaves)]
+                slot.copied_in.record(self._copy_in)
+            with torch.cuda.stream(self._compute):
+                self._compute.wait_event(slot.copied_in)
+                results = self._run(slot, *pytree.tree_unflatten(on_device, spec))
+                slot.computed.record(self._compute)
+            with torch.cuda.stream(self._copy_out):
+                self._copy_out.wait_event(slot.computed)
+                slot.results = [_copy_out(result, self._copy_out) for result in results]
+                slot.copied_out.record(self._copy_out)
+        for tensor in on_device:
+            if isinstance(tensor, torch.Tensor):
+                tensor.record_stream(self._compute)
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.is_pinned() for leaf in leaves):
+            slot.copied_in.synchronize()  # the source may fill its own pinned buffer anew for the next batch
+
+    def _copy(self, slot: _Slot, index: int, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.device.type == "cpu" and not leaf.is_pinned():
+            leaf = slot.staging(index, leaf).copy_(leaf)
+        return leaf.to(self._device, non_blocking=True)
+
+    def _run(self, slot: _Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        call = read_call(*preprocessed(args, kwargs, self._preprocess))
+        runner = self._find(call)
+        inputs = call.tensors if runner.outputs.reads_inputs else ()
+        slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.cpu() for tensor in inputs])
+        with runner.pool.turn():
+            runner.load_inputs(call.tensors)
+            return runner.own_results()
+
+    def _finish(self, slot: _Slot) -> Any:
+        slot.copied_out.synchronize()
+        return slot.assemble([result.clone() for result in slot.results])
+
+
+def _copy_out(result: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+    target = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    target.copy_(result, non_blocking=True)
+    result.record_stream(stream)
+    return target
