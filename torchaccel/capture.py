@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from torchaccel.errors import BuildError, InputError, TorchAccelError
 from torchaccel.precision import Precision
-from torchaccel.prepare import WEIGHT_KINDS, fold_batch_norm, prepare, weight_rules
+from torchaccel.prepare import fold_batch_norm, prepare, weight_nodes, weight_rules
 from torchaccel.signature import Call, OutputSpec, split_outputs
 from torchaccel.weights import WeightRule, WeightStore
 
@@ -101,9 +101,15 @@ def capture(
         raise BuildError("the module returns no tensor for these inputs, so there is nothing to compile.")
     rules = weight_rules(exported, PREFIX)
     folded = fold_batch_norm(exported, rules)
-    rules = {str(s.target): rules[str(s.target)] for s in exported.graph_signature.input_specs if s.kind in WEIGHT_KINDS}
     return Program(
-        exported, rules, outputs, examples, dynamic_batch, batched, folded, count_operators(exported.graph)
+        exported,
+        {name: rules[name] for name in (str(spec.target) for spec, _ in weight_nodes(exported))},
+        outputs,
+        examples,
+        dynamic_batch,
+        batched,
+        folded=folded,
+        operators=count_operators(exported.graph),
     )
 
 
@@ -127,9 +133,7 @@ def batch_size(tensors: Sequence[torch.Tensor]) -> int:
     raise InputError("dynamic_batch needs an input with at least one dimension; this call has none.")
 
 
-def resize_batch(
-    tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int
-) -> tuple[torch.Tensor, ...]:
+def resize_batch(tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int) -> tuple[torch.Tensor, ...]:
     """The tensors with their rows repeated, or cut, to a batch of `size`."""
 
     def resize(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,7 +166,7 @@ def _export(
         return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
     except TorchAccelError:
         raise
-    except Exception as error:  # noqa: BLE001 - torch.export raises dozens of kinds, any of them means: not captured
+    except Exception as error:
         what = "with a dynamic batch " if dynamic_batch else ""
         raise BuildError(
             f"torch.export could not capture {type(flat.module).__name__} {what}({type(error).__name__}): "

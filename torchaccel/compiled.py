@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,7 @@ class State:
             self.refresh(what)
 
     def refresh(self, what: str = "") -> None:
-        """Bring every engine up to date: in place where its weights are plain tensors, by dropping its plan elsewhere."""
+        """Bring every engine up to date: in place where its weights are plain tensors, by a new plan elsewhere."""
         with self._lock:
             started = time.perf_counter()
             self.stale = ""
@@ -200,7 +200,7 @@ class CompiledModule(nn.Module):
         return self._state.module
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The module's mode."""
         return self._state.module.training
 
@@ -226,9 +226,7 @@ class CompiledModule(nn.Module):
         outputs = runner(call.tensors)
         return runner.outputs.assemble(outputs, call.tensors)
 
-    def stream(
-        self, batches: Iterable[Any], preprocess: Callable[..., Any] | None = None
-    ) -> Iterator[Any]:
+    def stream(self, batches: Iterable[Any], preprocess: Callable[..., Any] | None = None) -> Iterator[Any]:
         """Serve batches from the host, in order, with copy in, compute and copy out overlapped; yields CPU results.
 
         A batch is a tensor or array, a tuple or list of positional arguments, or a dict of keyword arguments; CPU

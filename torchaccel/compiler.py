@@ -28,7 +28,7 @@ BACKENDS: dict[str, Backend] = {row.name: row for row in (TorchTensorRT(), OnnxT
 AUTO = ("torch_tensorrt", "inductor", "eager")  # what "auto" means, best first
 
 
-def compile(  # noqa: A001 - the name that the field uses
+def compile(
     module: nn.Module,
     precision: str = "fp16",
     *,
@@ -108,7 +108,7 @@ def compile(  # noqa: A001 - the name that the field uses
     _check_module(module, options)
     target = _device(module, options)
     chosen, reason = choose(options, target)
-    backends = (chosen,)
+    backends: tuple[Backend, ...] = (chosen,)
     if options.fallback is not None:
         backends += (require_usable(BACKENDS[options.fallback], options, target),)
     module.eval()

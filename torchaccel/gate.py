@@ -50,12 +50,15 @@ def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) ->
     """
     with torch.inference_mode(False):
         clones = tuple(tensor.detach().clone() for tensor in tensors)
+        unwritten = [clone._version for clone in clones]
     buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_inference()}
     versions = {name: buffer._version for name, buffer in buffers.items()}
     leaves, spec = flatten(run_module(module, call, clones, tf32=False, autocast=False))
     for index, clone in enumerate(clones):
-        if clone._version:
-            raise BuildError(f"the module writes to its input {index}, which an engine does not; make it work on a copy.")
+        if clone._version != unwritten[index]:
+            raise BuildError(
+                f"the module writes to its input {index}, which an engine does not; make it work on a copy."
+            )
     written = [name for name, version in versions.items() if buffers[name]._version != version]
     if written:
         raise BuildError(f"the module writes to its buffers in eval mode ({', '.join(written)}); an engine would not.")

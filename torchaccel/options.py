@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -117,12 +117,12 @@ def _device(device: Any) -> torch.device | None:
     if parsed.type not in ("cpu", "cuda"):
         raise OptionError(f"device={device!r}: allowed are None, 'cpu', 'cuda' and 'cuda:N'.")
     if parsed.type == "cuda":
-        count = torch.cuda.device_count()
-        if (parsed.index or 0) >= count:
+        count, index = torch.cuda.device_count(), cast("int | None", parsed.index)
+        if (index or 0) >= count:
             raise OptionError(
                 f"device={device!r}: this machine has {count} usable CUDA device(s); run `python -m torchaccel env`."
             )
-        if parsed.index is None:
+        if index is None:
             parsed = torch.device("cuda", torch.cuda.current_device())
     return parsed
 

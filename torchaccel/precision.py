@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,8 @@ def tf32_state(allowed: bool) -> Iterator[None]:
     PyTorch's own code (torch.export among it) reads the older flags, so those are set; where the caller has set the
     newer ones, operator by operator, the older cannot be read, and the newer are restored one by one.
     """
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cuda: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     with _state_lock:
         try:
             before = cuda.allow_tf32, cudnn.allow_tf32

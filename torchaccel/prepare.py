@@ -77,9 +77,7 @@ def weight_rules(program: ExportedProgram, prefix: str) -> dict[str, WeightRule]
 def weight_nodes(program: ExportedProgram) -> list[tuple[InputSpec, fx.Node]]:
     """The parameters and buffers among a program's inputs, with their nodes."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    return [
-        (spec, nodes[spec.arg.name]) for spec in program.graph_signature.input_specs if spec.kind in WEIGHT_KINDS
-    ]
+    return [(spec, nodes[spec.arg.name]) for spec in program.graph_signature.input_specs if spec.kind in WEIGHT_KINDS]
 
 
 def fold_batch_norm(program: ExportedProgram, rules: dict[str, WeightRule]) -> int:
@@ -99,8 +97,9 @@ def fold_batch_norm(program: ExportedProgram, rules: dict[str, WeightRule]) -> i
 
 
 def _fold(graph: fx.Graph, norm: fx.Node, targets: dict[fx.Node, str], rules: dict[str, WeightRule]) -> bool:
-    conv, gamma, beta, mean, variance, _, _, epsilon = norm.args[:8]
-    if not (isinstance(conv, fx.Node) and conv.target in _CONVOLUTIONS and len(conv.users) == 1):
+    arguments: list[Any] = list(norm.args)
+    conv, gamma, beta, mean, variance, _, _, epsilon = arguments[:8]
+    if conv.target not in _CONVOLUTIONS or conv.kwargs or len(conv.users) != 1:
         return False
     weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
     vectors = [node for node in (bias, beta, mean, gamma, variance) if node is not None]
@@ -147,7 +146,7 @@ def decompose_hardswish(program: ExportedProgram) -> None:
     for node in list(graph.nodes):
         if node.target not in (aten.hardswish.default, aten.hardswish_.default):
             continue
-        x = node.args[0]
+        x: Any = node.args[0]
         in_place_seen = node.target is aten.hardswish_.default and len(x.users) > 1
         if node.meta["val"].dtype is not torch.bfloat16 or in_place_seen:
             continue

@@ -173,17 +173,17 @@ class Report:
 
 def _engine_table(engines: list[EngineRecord]) -> Table:
     table = Table(title="engines", title_justify="left")
-    for name in ("inputs", "backend", "export ms", "build ms", "load ms", "first call ms", "error", "bound", "coverage"):
+    times = ("export ms", "build ms", "load ms", "first call ms")
+    for name in ("inputs", "backend", *times, "error", "bound", "coverage"):
         table.add_column(name, justify="right" if name.endswith("ms") else "left", overflow="fold")
     for engine in engines:
         error = max((gate.relative_error for gate in engine.gates), default=float("nan"))
         bound = max((output.bound for gate in engine.gates for output in gate.outputs), default=float("nan"))
-        times = (engine.export_ms, engine.build_ms, engine.load_ms, engine.first_call_ms)
         backend = f"{engine.backend} {engine.library}".strip()
         table.add_row(
             engine.signature,
             backend,
-            *(f"{time:.0f}" for time in times),
+            *(f"{getattr(engine, time.replace(' ', '_')):.0f}" for time in times),
             f"{error:.2g}",
             f"{bound:.2g}",
             str(engine.coverage or "-"),

@@ -6,8 +6,8 @@ is enqueued under one lock and the host waits for none of it.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,48 +17,65 @@ from torchaccel.report import RunnerRecord
 from torchaccel.signature import OutputSpec
 
 WARM_UP_RUNS = 3
+_NO_GUARD = nullcontext()
 
 
 class Pool:
     """What the runners of one compiled module share on a device: a memory pool, one lock and one chain of events.
 
-    Graphs that share a memory pool must never overlap, so whoever uses one holds the lock while it enqueues and is
-    ordered on the device after whoever came before.
+    Graphs that share a memory pool must never overlap, so whoever uses one takes a turn: it holds the lock while it
+    enqueues, and on the device comes after the turn before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.lock = threading.RLock()
+        self.calls = 0
+        self._lock = threading.RLock()
         self._is_cuda = device.type == "cuda"
         self._done = torch.cuda.Event() if self._is_cuda else None
-        self.calls = 0
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
 
-    @contextmanager
-    def turn(self, stream: Any = None) -> Iterator[None]:
-        """Hold the lock; on the device, come after the last turn and before the next, on `stream` or the current one."""
-        with self.lock:
-            if self._done is None:
-                yield
-                return
-            with self.on_device():
-                stream = stream or torch.cuda.current_stream(self.device)
-                stream.wait_event(self._done)
-                try:
-                    yield
-                finally:
-                    self._done.record(stream)
+    def turn(self, stream: Any = None) -> "_Turn":
+        """A context in which to enqueue work on `stream`, or on the caller's current one."""
+        return _Turn(self, stream)
 
     def synchronize(self) -> None:
         """Wait on the host for everything that was enqueued on the device."""
         if self._is_cuda:
             torch.cuda.synchronize(self.device)
 
-    def on_device(self) -> Any:
-        """Makes the pool's device the current one."""
-        if not self._is_cuda or torch.cuda.current_device() == self.device.index:
-            return nullcontext()
-        return torch.cuda.device(self.device)
+    def enter(self, stream: Any) -> Any:
+        """Take the lock, and make `stream` wait for the last turn; returns the stream."""
+        self._lock.acquire()
+        if self._done is None:
+            return None
+        stream = stream or torch.cuda.current_stream(self.device)
+        stream.wait_event(self._done)
+        return stream
+
+    def leave(self, stream: Any) -> None:
+        """Make the next turn wait for `stream`, and release the lock."""
+        try:
+            if self._done is not None:
+                self._done.record(stream)
+        finally:
+            self._lock.release()
+
+
+class _Turn:
+    """The context of `Pool.turn`: a class rather than a generator, since every call pays for it."""
+
+    __slots__ = ("_pool", "_stream")
+
+    def __init__(self, pool: Pool, stream: Any) -> None:
+        self._pool = pool
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._stream = self._pool.enter(self._stream)
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.leave(self._stream)
 
 
 class Runner:
@@ -86,7 +103,6 @@ class Runner:
         self._dtypes = tuple(dtypes)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[torch.Tensor, ...] = ()
-        before = _reserved_bytes(pool.device)
         with torch.inference_mode(False):
             self._inputs = tuple(_laid_out(example, engine.channels_last) for example in examples)
         if pool.device.type != "cuda":
@@ -95,7 +111,8 @@ class Runner:
             self.record.why_no_graph = "cuda_graph=False"
         else:
             self._capture()
-        self.record.device_mib = (_reserved_bytes(pool.device) - before) / 2**20
+        if pool.device.type == "cuda":
+            self.record.device_mib += sum(map(_size_bytes, self._inputs)) / 2**20
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, new tensors in the module's dtypes, on the device that the inputs are on.
@@ -104,10 +121,11 @@ class Runner:
         memory; then the host waits for the outputs, since they are to be read there.
         """
         from_host = self.pool.device.type == "cuda" and bool(tensors) and all(_on_cpu(tensor) for tensor in tensors)
-        staged = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
-        with self.pool.turn():
-            self.load_inputs(staged)
-            results = self.own_results()
+        with self._device_guard():
+            staged = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
+            with self.pool.turn():
+                self.load_inputs(staged)
+                results = self.own_results()
         return to_host(results) if from_host else results
 
     def load_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -122,7 +140,7 @@ class Runner:
         return [_own(result, dtype) for result, dtype in zip(self.run(), self._dtypes, strict=True)]
 
     def run(self) -> tuple[torch.Tensor, ...]:
-        """Run the engine on what is in the static buffers; hold the pool's turn. A graph overwrites its last results."""
+        """Run the engine on the static buffers; hold the pool's turn. A graph overwrites its last results."""
         if self._graph is None:
             return self._engine(*self._inputs)
         self._graph.replay()
@@ -132,6 +150,13 @@ class Runner:
         """One run on the static buffers as they are, without copies: what the engine alone costs."""
         with self.pool.turn():
             self.run()
+
+    def _device_guard(self) -> Any:
+        """A graph replays on the current device's stream, whatever device it was captured on."""
+        device = self.pool.device
+        if device.type != "cuda" or torch.cuda.current_device() == device.index:
+            return _NO_GUARD
+        return torch.cuda.device(device)
 
     def engine_bytes(self) -> int:
         """Device memory that the engine holds outside PyTorch's allocator."""
@@ -148,14 +173,17 @@ class Runner:
     def _capture(self) -> None:
         """Warm up and capture on a side stream; only this thread's CUDA calls are watched meanwhile."""
         device = self.pool.device
-        side = torch.cuda.Stream(device)
-        current = torch.cuda.current_stream(device)
+        side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         side.wait_stream(current)
-        with self.pool.turn(side), torch.inference_mode(False), torch.no_grad():
+        with torch.cuda.device(device), self.pool.turn(side), torch.inference_mode(False), torch.no_grad():
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP_RUNS):
                     self._engine(*self._inputs)
             side.synchronize()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(device)
+            generator = torch.cuda.default_generators[device.index]
+            random_state = generator.clone_state()
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
@@ -165,10 +193,17 @@ class Runner:
             except RuntimeError as error:
                 self._results = ()
                 self.record.why_no_graph = f"the engine cannot be captured: {str(error).strip().splitlines()[0]}"
+                self._recover(generator, random_state)
             else:
-                self._graph = graph
-                self.record.graph = True
+                self._graph, self.record.graph = graph, True
+            self.record.device_mib = (torch.cuda.memory_reserved(device) - before) / 2**20
         current.wait_stream(side)
+
+    def _recover(self, generator: torch.Generator, random_state: torch.Generator) -> None:
+        """Undo what a failed capture leaves behind: a generator and an allocator that take it for still under way."""
+        generator.graphsafe_set_state(random_state)
+        torch._C._cuda_endAllocateToPool(self.pool.device.index, self.pool.handle)
+        self.pool.handle = torch.cuda.graph_pool_handle()
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
@@ -194,5 +229,5 @@ def _laid_out(example: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return example.detach().clone(memory_format=layout)
 
 
-def _reserved_bytes(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+def _size_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

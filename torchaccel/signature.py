@@ -30,8 +30,9 @@ class Call:
 
 
 # Values that an engine may bake in: immutable, and equal only when they mean the same.
-PLAIN = (int, float, complex, bool, str, bytes, type(None), enum.Enum, slice)
-PLAIN += (torch.dtype, torch.device, torch.memory_format, torch.layout)
+_PYTHON = (int, float, complex, bool, str, bytes, type(None), enum.Enum, slice)
+_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+PLAIN: tuple[type, ...] = (*_PYTHON, *_TORCH)
 
 
 class _Hole:
@@ -89,8 +90,8 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 def _constant_key(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, PLAIN):
         raise InputError(
-            f"an input holds a {type(value).__qualname__}, which is neither a tensor nor a plain value: an engine would "
-            f"keep the first one for ever. Pass tensors (torch.as_tensor for arrays), numbers, strings, or None."
+            f"an input holds a {type(value).__qualname__}, which is neither a tensor nor a plain value: an engine "
+            f"would keep the first one for ever. Pass tensors (torch.as_tensor for arrays), numbers, strings, or None."
         )
     return type(value), repr(value) if isinstance(value, float) else value  # nan != nan, and 0.0 == -0.0
 
@@ -98,9 +99,7 @@ def _constant_key(value: Any) -> tuple[Any, ...]:
 def _autocast_key() -> tuple[Any, ...] | None:
     if not torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu"):
         return None
-    return tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu")
-    )
+    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu"))
 
 
 @dataclass(frozen=True)

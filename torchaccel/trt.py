@@ -8,9 +8,8 @@ import importlib
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,13 +31,16 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
 class TensorRT:
     """TensorRT proper or TensorRT-RTX: its module, and a logger that keeps the errors of the current thread."""
 
-    flavour: str
-    api: Any
-    log: Any
+    if TYPE_CHECKING:
+        import tensorrt as api  # what the two have in common is type-checked against TensorRT proper
+
+    def __init__(self, flavour: str, api: Any) -> None:
+        self.flavour = flavour
+        self.__dict__["api"] = api
+        self.log = _make_logger(api)
 
     @property
     def name(self) -> str:
@@ -68,7 +70,7 @@ def load(flavour: str | None = None) -> TensorRT:
         raise BackendError(f"no TensorRT is usable here: {problem}. Run `python -m torchaccel env` for the remedy.")
     chosen = flavour or next(name for name in FLAVOURS if environment.import_problem(name) is None)
     api = importlib.import_module(chosen)
-    return TensorRT(chosen, api, _make_logger(api))
+    return TensorRT(chosen, api)
 
 
 def _make_logger(api: Any) -> Any:
@@ -80,7 +82,7 @@ def _make_logger(api: Any) -> Any:
         api.ILogger.Severity.VERBOSE: logging.NOTSET,
     }
 
-    class Logger(api.ILogger):  # type: ignore[misc]
+    class Logger(api.ILogger):
         """Errors are kept for the exception that follows; everything goes to Python's logging."""
 
         def __init__(self) -> None:
@@ -191,7 +193,7 @@ class TensorRTEngine:
         strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
         with torch.cuda.device(self.device):
             if self._trt.is_rtx:
-                config = self._engine.create_runtime_config()
+                config: Any = self._engine.create_runtime_config()  # it has more on TensorRT-RTX
                 config.set_execution_context_allocation_strategy(strategy)
                 # Lazily, a graph would keep the fallback kernels that run until the specialised ones are compiled.
                 config.dynamic_shapes_kernel_specialization_strategy = (
@@ -229,7 +231,7 @@ class TensorRTEngine:
             context.set_tensor_address(name, inputs[index].data_ptr())
         results = []
         for name in self.outputs:
-            shape = tuple(context.get_tensor_shape(name))
+            shape: Any = tuple(context.get_tensor_shape(name))  # type: ignore[arg-type]
             result = torch.empty(shape, dtype=self._dtypes[name], device=self.device)
             context.set_tensor_address(name, result.data_ptr())
             results.append(result)
@@ -239,7 +241,7 @@ class TensorRTEngine:
 
 
 @cache
-def _runtime(flavour: str) -> Any:
+def _runtime(flavour: str) -> "TensorRT.api.Runtime":
     """The runtime that loads engines; it must outlive them, so there is one for each TensorRT, kept."""
     trt = load(flavour)
     return trt.api.Runtime(trt.log)

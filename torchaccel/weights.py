@@ -4,6 +4,7 @@ A rule says how one weight of an engine follows from the module's tensors. It pr
 refreshes it ever after, so a refreshed engine holds, bit for bit, what an engine built afresh would hold.
 """
 
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -54,7 +55,7 @@ def _folded_weight(
     return (weight.double() * scale).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
 
 
-def _folded_bias(  # noqa: PLR0917
+def _folded_bias(
     bias: torch.Tensor | None,
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
@@ -168,14 +169,9 @@ class WeightWatch:
         self._dicts: list[dict[str, Any]] = [
             place for child in self._module.modules() for place in (child._modules, child._parameters, child._buffers)
         ]
-        self._lengths = list(map(len, self._dicts))
-        slots = [(place, name) for place in self._dicts for name in place]
-        self._places = [place for place, _ in slots]
-        self._names = [name for _, name in slots]
-        held = list(map(operator.getitem, self._places, self._names))
-        self._held = held  # keeps them alive, so that an identity is never given out again
-        self._identities = list(map(id, held))
-        self._tensors = [item for item in held if isinstance(item, torch.Tensor)]
+        self._names = [name for place in self._dicts for name in place]
+        self._held = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+        self._tensors = [item for item in self._held if isinstance(item, torch.Tensor)]
         self._tensor_ids = set(map(id, self._tensors))
         self._tracked = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
@@ -183,18 +179,18 @@ class WeightWatch:
         self._shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._tensors]
 
     def changed(self) -> bool:
-        """Whether anything that PyTorch tracks differs from what was accepted last."""
-        try:
-            held = map(operator.getitem, self._places, self._names)
-            return (
-                self._stepped
-                or list(map(id, held)) != self._identities
-                or list(map(_version, self._tracked)) != self._versions
-                or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
-                or list(map(len, self._dicts)) != self._lengths
-            )
-        except KeyError:  # a parameter or submodule was removed
-            return True
+        """Whether anything that PyTorch tracks differs from what was accepted last.
+
+        Every loop over the tensors runs in C: this is a part of each call.
+        """
+        held = itertools.chain.from_iterable(map(dict.values, self._dicts))
+        return (
+            self._stepped
+            or sum(map(len, self._dicts)) != len(self._held)
+            or not all(map(operator.is_, held, self._held))
+            or list(map(_version, self._tracked)) != self._versions
+            or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
+        )
 
     def structure_changed(self) -> bool:
         """Whether the change is more than new values: another set of modules, names, shapes, dtypes or devices."""

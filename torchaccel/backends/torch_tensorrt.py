@@ -7,10 +7,13 @@ With `partial=True` and operators outside engines, the plan is the program that 
 
 import inspect
 import io
+import logging
 import operator
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 from torchaccel.report import Coverage
 
+PARTIAL = {"min_block_size": 1}  # the default of 5 leaves small modules without an engine
 ENGINE = "_run_on_acc"  # how Torch-TensorRT names the parts that become engines
 
 
@@ -45,7 +49,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
         """Partition, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
         settings = _settings(precision, device)
         try:
-            compiled = _compile(program, {**settings, "require_full_compilation": not partial})
+            compiled = _compile(program, {**settings, **(PARTIAL if partial else {"require_full_compilation": True})})
         except Exception as error:
             outside = Counter() if partial else _coverage(program, settings).outside
             if outside:
@@ -89,7 +93,6 @@ def _settings(precision: Precision, device: torch.device) -> dict[str, Any]:
     settings = {
         "device": device,
         "disable_tf32": not precision.tf32,
-        "min_block_size": 1,  # the default of 5 leaves small modules without an engine
         "immutable_weights": True,
         "use_explicit_typing": True,  # Torch-TensorRT 2.14 always does, and no longer takes the argument
         "attn_bias_is_causal": False,  # the default takes any attention mask for a causal one
@@ -106,14 +109,29 @@ def _compile(program: Program, settings: dict[str, Any]) -> fx.GraphModule:
         low, best, high = program.shapes(index)
         shapes = {"shape": low} if low == high else {"min_shape": low, "opt_shape": best, "max_shape": high}
         inputs.append(torch_tensorrt.Input(dtype=example.dtype, **shapes))
-    with warnings.catch_warnings():  # it warns of its own deprecations, whatever it is given
-        warnings.simplefilter("ignore")
+    with _quiet():
         return torch_tensorrt.dynamo.compile(program.exported, inputs=inputs, **settings)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch-TensorRT warns of its own deprecations and logs what it then raises, whatever it is given."""
+    loggers = [logging.getLogger(name) for name in ("torch_tensorrt", "torch_tensorrt [TensorRT Conversion Context]")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _coverage(program: Program, settings: dict[str, Any]) -> Coverage:
     """Which operators Torch-TensorRT puts into engines, from a dry run of its partitioning."""
-    parts = _compile(program, {**settings, "dryrun": True})
+    parts = _compile(program, {**settings, **PARTIAL, "dryrun": True})
     coverage = Coverage(outside=count_operators(parts.graph))
     for name, part in parts.named_children():
         if isinstance(part, fx.GraphModule):
@@ -126,8 +144,8 @@ def _coverage(program: Program, settings: dict[str, Any]) -> Coverage:
 def _uncovered(outside: Counter[str]) -> str:
     names = ", ".join(f"{name} ×{count}" for name, count in outside.most_common())
     return (
-        f"Torch-TensorRT cannot put these operators into a TensorRT engine: {names or 'all of them'}. Pass partial=True "
-        f"to run them in PyTorch between engines, or choose another backend."
+        f"Torch-TensorRT cannot put these operators into a TensorRT engine: {names or 'all of them'}. "
+        f"Pass partial=True to run them in PyTorch between engines, or choose another backend."
     )
 
 
@@ -139,7 +157,7 @@ def _only_engine(compiled: fx.GraphModule) -> tuple[bytes, dict[str, Any]] | Non
     if len(calls) != 1 or calls[0].op != "call_module" or not set(calls[0].args) <= set(placeholders):
         return None
     (call,) = calls
-    module = compiled.get_submodule(str(call.target))
+    module: Any = compiled.get_submodule(str(call.target))
     results = pytree.tree_leaves(next(node for node in compiled.graph.nodes if node.op == "output").args)
     if not all(result is call or (result in steps and result.args[0] is call) for result in results):
         return None
@@ -156,8 +174,7 @@ def _only_engine(compiled: fx.GraphModule) -> tuple[bytes, dict[str, Any]] | Non
 def _serialise(compiled: fx.GraphModule, program: Program) -> bytes:
     import torch_tensorrt
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "program.ep"
         torch_tensorrt.save(compiled, str(path), output_format="exported_program", arg_inputs=list(program.inputs))
         return path.read_bytes()
