@@ -70,6 +70,7 @@ class State:
                 built.record.first_call_ms = (time.perf_counter() - started) * 1e3
                 self.built[key] = built
                 self.report.builds += 1
+                self.report.backend = built.backend.name
                 self.report.engines.append(built.record)
                 if self._prints is None:
                     self._prints = self._watch.fingerprint()
