@@ -87,7 +87,9 @@ class Builder:
                 dynamic_batch=options.dynamic_batch,
             )
         record.folded_batch_norms = program.folded
-        program.take_weights(self.store, self.module, channels_last=backend.native)
+        backend.lower(program)
+        store = self.store if backend.native else WeightStore()  # a TensorRT engine has weights of its own
+        program.take_weights(store, self.module, channels_last=backend.native)
         with _timed(record, "build_ms"):
             plan = backend.build(program, precision, pool.device, partial=options.partial)
         record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +47,12 @@ class State:
 
     def find(self, call: Call) -> Runner:
         """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
-        try:
-            self.runners.move_to_end(call.key)
-            return self.runners[call.key]
-        except KeyError:
+        runner = self.runners.get(call.key)
+        if runner is None:
             return self._miss(call)
+        with suppress(KeyError):  # another thread has just dropped it; it still serves this call
+            self.runners.move_to_end(call.key)
+        return runner
 
     def _miss(self, call: Call) -> Runner:
         with self._lock:

@@ -7,6 +7,7 @@ since only the data flow tells which convolution feeds it; networks in functiona
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -160,3 +161,39 @@ def decompose_hardswish(program: ExportedProgram) -> None:
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     program.graph_module.recompile()
+
+
+def widen_depthwise(program: ExportedProgram, rules: dict[str, WeightRule]) -> None:
+    """Compute depthwise convolutions of a bfloat16 program in float32; their inputs and results stay bfloat16.
+
+    TensorRT-RTX 1.4 builds them in bfloat16 and then cannot compile their kernels on the GPU (measured on Hopper).
+    They are bound by memory, and their weights, which are few, are not rounded then.
+    """
+    weights = {node: str(spec.target) for spec, node in weight_nodes(program)}
+    for conv in [node for node in program.graph.nodes if node.target in _CONVOLUTIONS]:
+        parameters: list[Any] = [node for node in conv.args[1:3] if node is not None]
+        groups = conv.args[6] if len(conv.args) > 6 else 1
+        if groups == 1 or parameters[0].meta["val"].shape[1] != 1 or conv.meta["val"].dtype is not torch.bfloat16:
+            continue
+        if any(node not in weights or len(node.users) > 1 for node in parameters):
+            continue
+        for node in parameters:
+            rules[weights[node]] = replace(rules[weights[node]], dtype=torch.float32)
+            node.meta["val"] = node.meta["val"].float()
+        _cast_around(program.graph, conv, torch.float32)
+    program.graph_module.recompile()
+
+
+def _cast_around(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
+    """Cast the first argument of a node to `dtype`, and its result back."""
+    x: Any = node.args[0]
+    value = node.meta["val"]
+    with graph.inserting_before(node):
+        wide = graph.call_function(aten.to.dtype, (x, dtype))
+    wide.meta = {**x.meta, "val": x.meta["val"].to(dtype)}
+    node.args = (wide, *node.args[1:])
+    with graph.inserting_after(node):
+        narrow = graph.call_function(aten.to.dtype, (node, value.dtype))
+    narrow.meta = dict(node.meta)
+    node.meta = {**node.meta, "val": value.to(dtype)}
+    node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)

@@ -32,6 +32,7 @@ class Pool:
         self.calls = 0
         self._lock = threading.RLock()
         self._is_cuda = device.type == "cuda"
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self._done = torch.cuda.Event() if self._is_cuda else None
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
 
@@ -49,8 +50,16 @@ class Pool:
         self._lock.acquire()
         if self._done is None:
             return None
-        stream = stream or torch.cuda.current_stream(self.device)
+        stream = stream or self._current_stream()
         stream.wait_event(self._done)
+        return stream
+
+    def _current_stream(self) -> torch.cuda.Stream:
+        """`torch.cuda.current_stream`, whose object is made once for each stream rather than at each call."""
+        raw = torch._C._cuda_getCurrentRawStream(self.device.index)
+        stream = self._streams.get(raw)
+        if stream is None:
+            stream = self._streams[raw] = torch.cuda.current_stream(self.device)
         return stream
 
     def leave(self, stream: Any) -> None:
@@ -99,19 +108,20 @@ class Runner:
         self.pool = pool
         self.plan_key: Any = None
         self.record = RunnerRecord(signature, graph=False)
+        self._is_cuda = pool.device.type == "cuda"
         self._engine = engine
         self._dtypes = tuple(dtypes)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[torch.Tensor, ...] = ()
         with torch.inference_mode(False):
             self._inputs = tuple(_laid_out(example, engine.channels_last) for example in examples)
-        if pool.device.type != "cuda":
+        if not self._is_cuda:
             self.record.why_no_graph = "CUDA graphs need a GPU"
         elif not cuda_graph:
             self.record.why_no_graph = "cuda_graph=False"
         else:
             self._capture()
-        if pool.device.type == "cuda":
+        if self._is_cuda:
             self.record.device_mib += sum(map(_size_bytes, self._inputs)) / 2**20
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -120,11 +130,13 @@ class Runner:
         Tensors on the GPU are read on the current stream, without synchronisation. Tensors on the CPU go through pinned
         memory; then the host waits for the outputs, since they are to be read there.
         """
-        from_host = self.pool.device.type == "cuda" and bool(tensors) and all(_on_cpu(tensor) for tensor in tensors)
+        on_cpu = [tensor.is_cpu for tensor in tensors]
+        from_host = self._is_cuda and all(on_cpu)
         with self._device_guard():
-            staged = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
+            if self._is_cuda and any(on_cpu):
+                tensors = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
             with self.pool.turn():
-                self.load_inputs(staged)
+                self.load_inputs(tensors)
                 results = self.own_results()
         return to_host(results) if from_host else results
 
@@ -153,10 +165,9 @@ class Runner:
 
     def _device_guard(self) -> Any:
         """A graph replays on the current device's stream, whatever device it was captured on."""
-        device = self.pool.device
-        if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        if not self._is_cuda or torch._C._cuda_getDevice() == self.pool.device.index:
             return _NO_GUARD
-        return torch.cuda.device(device)
+        return torch.cuda.device(self.pool.device)
 
     def engine_bytes(self) -> int:
         """Device memory that the engine holds outside PyTorch's allocator."""
@@ -164,7 +175,7 @@ class Runner:
 
     def _stage(self, tensor: torch.Tensor, reuse_pinned: bool) -> torch.Tensor:
         """A CPU tensor on the device; the caller's own pinned memory is read directly only if the call waits for it."""
-        if self.pool.device.type != "cuda" or not _on_cpu(tensor):
+        if not tensor.is_cpu:
             return tensor
         if not (reuse_pinned and tensor.is_pinned()):
             tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach())
@@ -204,10 +215,6 @@ class Runner:
         generator.graphsafe_set_state(random_state)
         torch._C._cuda_endAllocateToPool(self.pool.device.index, self.pool.handle)
         self.pool.handle = torch.cuda.graph_pool_handle()
-
-
-def _on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def to_host(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:

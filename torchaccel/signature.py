@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -13,8 +13,7 @@ from torchaccel.errors import InputError
 _SINGLE = pytree.tree_flatten(((torch.empty(0),), {}))[1]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The arguments of one call, flat: `tensors` in order, and the rest in `template` to put them back into."""
 
     tensors: tuple[torch.Tensor, ...]

@@ -112,7 +112,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two times with its 95 % confidence interval.
+    """A ratio of two times with its 95 % confidence interval; one round gives none, and its ends are NaN.
 
     >>> print(Ratio(0.5, 0.4, 0.8))
     0.500 (95 % interval 0.400 to 0.800)
@@ -128,11 +128,14 @@ class Ratio:
         """The gain in speed that belongs to this ratio of times."""
         return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
 
-    def to_dict(self) -> dict[str, float]:
-        """The three figures, ready for JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+    def to_dict(self) -> dict[str, float | None]:
+        """The three figures, ready for JSON; an interval that is not known is None."""
+        known = self.low == self.low
+        return {"value": self.value, "low": self.low if known else None, "high": self.high if known else None}
 
     def __str__(self) -> str:
+        if self.low != self.low:
+            return f"{self.value:.3f} (one round: no interval)"
         return f"{self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f})"
 
 
@@ -161,14 +164,18 @@ class Comparison:
     def ratio(self, name: str, to: str | None = None) -> Ratio:
         """The time of `name` over the time of `to` (the baseline): 0.5 is half the time, twice the speed.
 
-        The value is the median, over the rounds, of the ratio of the two medians of that round, so that what slows a
-        whole round cancels out. The interval is the percentile bootstrap over rounds (Efron 1979), seed fixed.
+        The value is the median, over the rounds that both were in, of the ratio of the two medians of that round, so
+        that what slows a whole round cancels out. The interval is the percentile bootstrap over those rounds (Efron
+        1979), its seed fixed.
         """
         to = self.baseline if to is None else to
         for given in (name, to):
             if given not in self.timings:
                 raise OptionError(f"ratio of {given!r}: no such candidate; there are {', '.join(self.timings)}.")
-        ratios = np.asarray(self.round_ms[name]) / np.asarray(self.round_ms[to])
+        common = min(len(self.round_ms[name]), len(self.round_ms[to]))
+        ratios = np.asarray(self.round_ms[name][:common]) / np.asarray(self.round_ms[to][:common])
+        if common == 1:
+            return Ratio(float(ratios[0]), float("nan"), float("nan"))
         picks = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
         low, high = np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5))
         return Ratio(float(np.median(ratios)), float(low), float(high))
@@ -176,7 +183,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Each candidate's figures with its `ratio` to the baseline, ready for JSON."""
         rows = {name: timing.to_dict() | {"ratio": self.ratio(name).to_dict()} for name, timing in self.timings.items()}
-        return {"baseline": self.baseline, "rounds": len(self.round_ms[self.baseline]), "candidates": rows}
+        return {"baseline": self.baseline, "rounds": max(map(len, self.round_ms.values())), "candidates": rows}
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {timing}, ratio {self.ratio(name)}" for name, timing in self.timings.items())
@@ -231,7 +238,8 @@ def compare(
 
     Each round calls every candidate, in an order shuffled anew with a fixed seed, so that none always follows the
     same one and a wandering clock meets all of them. `samples` is per candidate, a mapping where they differ, and is
-    spread over `rounds` (20, or fewer where there are fewer samples). On a GPU the host waits between candidates, so
+    spread over `rounds` (20, or fewer where there are fewer samples); a candidate with fewer samples than that is in
+    the first rounds only. On a GPU the host waits between candidates, so
     that none hides its launches behind the work of another. The rest, errors and warnings are `measure`'s.
 
     >>> result = compare({"nap": lambda: time.sleep(0.002), "sleep": lambda: time.sleep(0.006)}, warmup=5)
@@ -239,9 +247,9 @@ def compare(
     ('nap', True)
     """
     counts = _check_candidates(candidates, samples)
-    fewest = min(counts.values())
-    rounds = min(20, fewest) if rounds is None else rounds
-    _check_count("rounds", rounds, 1, fewest)
+    most = max(counts.values())
+    rounds = min(20, most) if rounds is None else rounds
+    _check_count("rounds", rounds, 1, most)
     where = _check_place(device, args, warmup)
     calls = {name: partial(fn, *args) for name, fn in candidates.items()}
     with _on(where):
@@ -264,12 +272,13 @@ def _schedule(counts: Mapping[str, int], rounds: int) -> Iterator[tuple[str, int
     for index in range(rounds):
         shuffled.shuffle(order)
         for name in order:
-            yield name, _turns(counts[name], rounds)[index]
+            if turns := _turns(counts[name], rounds)[index]:
+                yield name, turns
 
 
 def _round_medians(samples: tuple[float, ...], rounds: int) -> tuple[float, ...]:
     ends = np.cumsum(_turns(len(samples), rounds))[:-1]
-    return tuple(float(np.median(part)) for part in np.split(np.asarray(samples), ends))
+    return tuple(float(np.median(part)) for part in np.split(np.asarray(samples), ends) if len(part))
 
 
 class _HostRecorder:
@@ -385,12 +394,13 @@ def _warn(timings: Mapping[str, Timing], rounds: int | None) -> None:
         warnings.warn(message, MeasurementWarning, stacklevel=4)
 
     fewest = min(timing.count for timing in timings.values())
+    shared = min(rounds, fewest) if rounds is not None else INTERVAL_ROUNDS
     needs = [f"p95 needs {P95_SAMPLES} samples"] * (fewest < P95_SAMPLES)
     needs += [f"p99 needs {P99_SAMPLES} samples"] * (fewest < P99_SAMPLES)
-    needs += [f"an interval needs {INTERVAL_ROUNDS} rounds"] * (rounds is not None and rounds < INTERVAL_ROUNDS)
+    needs += [f"an interval needs {INTERVAL_ROUNDS} rounds, not {shared}"] * (shared < INTERVAL_ROUNDS)
     if needs:
-        had = f"{fewest} samples" + (f" in {rounds} rounds" if rounds is not None else "")
-        say(f"Only {had}: {', '.join(needs)}. Pass a larger samples=, or leave those figures out.")
+        names = ", ".join(name for name, timing in timings.items() if timing.count == fewest)
+        say(f"Too few samples ({names}: {fewest}): {', '.join(needs)}. Pass a larger samples=, or drop those figures.")
     drifts = {name: drift for name, timing in timings.items() if (drift := _drift(timing.samples))}
     if drifts:
         moved = "; ".join(f"{name}: {a:.4g} ms at first, {b:.4g} ms at last" for name, (a, b) in drifts.items())
@@ -413,7 +423,9 @@ def _check_call(name: str, fn: object) -> None:
 
 def _check_count(name: str, count: object, low: int, high: int | None = None) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < low or (high is not None and count > high):
-        allowed = f"from {low} to {high} (the fewest samples)" if high is not None else f"of at least {low}"
+        allowed = (
+            f"from {low} to {high} (the most samples of a candidate)" if high is not None else f"of at least {low}"
+        )
         raise OptionError(f"{name} is {count!r}; it must be a whole number {allowed}.")
 
 

@@ -1,7 +1,9 @@
 """The contract of a backend: available, honours, build → Plan, load → Engine."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +72,9 @@ class Backend(ABC):
     def honours(self, precision: Precision, device: torch.device) -> str | None:
         """Why it cannot compute in that precision on that device; None where it can."""
 
+    def lower(self, program: Program) -> None:  # noqa: B027 - most have nothing to rewrite
+        """Rewrite a captured program, before it has its weights, so that this backend can take it."""
+
     @abstractmethod
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Build a plan; raises `BuildError` with the operators at fault."""
@@ -77,6 +82,15 @@ class Backend(ABC):
     @abstractmethod
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """Load a plan on a device; raises `BuildError` where the device refuses it."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries' warnings of their own deprecations from the caller, who cannot act on them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 class NativeEngine(Engine):

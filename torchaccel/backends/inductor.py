@@ -3,7 +3,7 @@
 import torch
 
 from torchaccel import environment
-from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours
+from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours, quiet
 from torchaccel.capture import Program
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
@@ -38,7 +38,8 @@ class Inductor(Backend):
         compiled = torch.compile(graph_module, fullgraph=True, dynamic=program.batch is not None)
         engine = NativeEngine(compiled, plan.precision, program.channels_last)
         try:
-            engine(*program.inputs)
+            with quiet():
+                engine(*program.inputs)
         except Exception as error:
             raise BuildError(f"Inductor could not compile the program ({type(error).__name__}): {error}") from error
         return engine

@@ -9,11 +9,11 @@ import onnxscript.optimizer
 import torch
 
 from torchaccel import trt
-from torchaccel.backends.base import Backend, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.backends.base import Backend, Plan, TensorRTBacked, quiet, tensorrt_honours
 from torchaccel.capture import Program
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
-from torchaccel.prepare import decompose_hardswish
+from torchaccel.prepare import decompose_hardswish, widen_depthwise
 from torchaccel.report import Coverage
 
 # Constants that shapes and axes are computed from are folded up to this size; weights, which are larger, keep their
@@ -34,10 +34,15 @@ class OnnxTensorRT(TensorRTBacked, Backend):
         """What the GPU and this TensorRT honour."""
         return tensorrt_honours(trt.load().flavour, precision, device)
 
+    def lower(self, program: Program) -> None:
+        """Write out what TensorRT, or this one, cannot take."""
+        decompose_hardswish(program.exported)
+        if trt.load().is_rtx:
+            widen_depthwise(program.exported, program.rules)
+
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Export, clean, parse and build; needs no GPU."""
         tensorrt = trt.load()
-        decompose_hardswish(program.exported)
         model = export(program)
         names = [value.name for value in model.graph.inputs]
         profile = [(name, *program.shapes(index)) for index, name in enumerate(names)]
@@ -61,7 +66,8 @@ def export(program: Program) -> Any:
     lost. Without it axes and shapes would stay computed, which the parser refuses, so just those are folded here.
     """
     try:
-        exported = torch.onnx.export(program.exported, program.inputs, dynamo=True, optimize=False, verbose=False)
+        with quiet():
+            exported = torch.onnx.export(program.exported, program.inputs, dynamo=True, optimize=False, verbose=False)
     except Exception as error:
         raise BuildError(f"torch.onnx could not export the program: {_root_cause(error)}") from error
     assert exported is not None

@@ -10,7 +10,6 @@ import io
 import logging
 import operator
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +21,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchaccel import environment, trt
-from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, quiet, tensorrt_honours
 from torchaccel.capture import Program, count_operators
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
+from torchaccel.prepare import widen_depthwise
 from torchaccel.report import Coverage
 
-PARTIAL = {"min_block_size": 1}  # the default of 5 leaves small modules without an engine
 ENGINE = "_run_on_acc"  # how Torch-TensorRT names the parts that become engines
 
 
@@ -45,11 +44,16 @@ class TorchTensorRT(TensorRTBacked, Backend):
         """What the GPU and the TensorRT beneath honour."""
         return tensorrt_honours(_flavour(), precision, device)
 
+    def lower(self, program: Program) -> None:
+        """Write out what this TensorRT cannot take."""
+        if trt.load(_flavour()).is_rtx:
+            widen_depthwise(program.exported, program.rules)
+
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Partition, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
         settings = _settings(precision, device)
         try:
-            compiled = _compile(program, {**settings, **(PARTIAL if partial else {"require_full_compilation": True})})
+            compiled = _compile(program, {**settings, "require_full_compilation": not partial})
         except Exception as error:
             outside = Counter() if partial else _coverage(program, settings).outside
             if outside:
@@ -93,6 +97,7 @@ def _settings(precision: Precision, device: torch.device) -> dict[str, Any]:
     settings = {
         "device": device,
         "disable_tf32": not precision.tf32,
+        "min_block_size": 1,  # the default of 5 leaves small modules without an engine
         "immutable_weights": True,
         "use_explicit_typing": True,  # Torch-TensorRT 2.14 always does, and no longer takes the argument
         "attn_bias_is_causal": False,  # the default takes any attention mask for a causal one
@@ -121,8 +126,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -131,7 +135,7 @@ def _quiet() -> Iterator[None]:
 
 def _coverage(program: Program, settings: dict[str, Any]) -> Coverage:
     """Which operators Torch-TensorRT puts into engines, from a dry run of its partitioning."""
-    parts = _compile(program, {**settings, **PARTIAL, "dryrun": True})
+    parts = _compile(program, {**settings, "dryrun": True})
     coverage = Coverage(outside=count_operators(parts.graph))
     for name, part in parts.named_children():
         if isinstance(part, fx.GraphModule):
