@@ -110,6 +110,10 @@ def nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str
     return write
 
 
+def component(name: str) -> Any:
+    return next(one for one in environment._components() if one.name == name)
+
+
 def problem_names() -> list[str]:
     return [problem.name for problem in environment.bad_combinations()]
 
@@ -117,12 +121,20 @@ def problem_names() -> list[str]:
 # ---- importing the file ----
 
 
-def test_importing_it_imports_no_engine_and_initialises_no_cuda() -> None:
-    code = (
-        "import sys, torch, torchaccel.environment\n"
-        "heavy = {'tensorrt', 'tensorrt_rtx', 'torch_tensorrt', 'onnx', 'onnxscript', 'triton', 'rich'}\n"
-        "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())"
-    )
+@pytest.mark.parametrize(
+    ("how", "heavy"),
+    [
+        ("import torchaccel", {"tensorrt", "tensorrt_rtx", "torch_tensorrt"}),
+        # the file by itself, without the package around it
+        (
+            f"import runpy; runpy.run_path({environment.__file__!r})",
+            {"tensorrt", "tensorrt_rtx", "torch_tensorrt", "onnx", "onnxscript", "triton", "rich"},
+        ),
+    ],
+    ids=["package", "file"],
+)
+def test_importing_it_imports_no_engine_and_initialises_no_cuda(how: str, heavy: set[str]) -> None:
+    code = f"import sys, torch\n{how}\nprint(sorted({heavy!r} & set(sys.modules)), torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "False"]
 
@@ -140,7 +152,9 @@ def test_distribution_version_of_nothing(site: Path) -> None:
     assert environment.distribution_version("fake-dist") is None
 
 
-def test_a_failed_import_is_one_line_and_silent_and_tried_once(site: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_import_is_one_line_and_silent_and_tried_once(
+    site: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     log = site / "attempts"
     source = f"""
 import logging, os, sys, warnings
@@ -155,11 +169,13 @@ raise RuntimeError("libfake.so is missing\\nlook for it")
     first, second = environment.import_problem("fake_broken"), environment.import_problem("fake_broken")
     assert first == second == "RuntimeError: libfake.so is missing"
     assert log.read_text() == "x"
-    print("afterwards")
+    print("afterwards", flush=True)
+    os.write(1, b"native afterwards")
     logging.getLogger("fake").critical("logged afterwards")
     captured = capfd.readouterr()
-    assert captured.out == "afterwards\n"
+    assert captured.out == "afterwards\nnative afterwards"
     assert "noise" not in captured.err
+    assert caplog.messages == ["logged afterwards"]
 
 
 def test_a_good_import_with_warnings_is_no_problem(site: Path) -> None:
@@ -230,6 +246,7 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, nvidia_smi: Callab
     nvidia_smi("580.95.05")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES" in environment.device_problem("triton")
+    assert component("Triton").remedy == "unset CUDA_VISIBLE_DEVICES"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     nvidia_smi("470.57.02")
     assert "needs driver 580" in environment.device_problem("triton")
@@ -275,6 +292,7 @@ def test_the_tensorrt_of_torch_tensorrt(site: Path) -> None:
         ("tensorrt_rtx", "tensorrt-rtx", "1.10.0", (9, 0), True),
         ("tensorrt_rtx", "tensorrt-rtx", "1.6.1.120", (9, 0), False),
         ("tensorrt_rtx", "tensorrt-rtx", "1.7.0.12", (8, 9), False),
+        ("tensorrt_rtx", "tensorrt-rtx", "1.7.0.12", (12, 0), False),
         ("tensorrt_rtx", "tensorrt_rtx_cu13", "1.4.0.76", (7, 5), False),
         ("tensorrt_rtx", "tensorrt-rtx", "1.4.0.76", (7, 0), True),
         ("tensorrt", "tensorrt", "10.15.1.29", (7, 0), True),
@@ -496,10 +514,24 @@ def test_environment_with_a_gpu(site: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [problem.name for problem in found.problems] == ["Torch-TensorRT does not import"]
 
 
+def test_what_is_missing_comes_before_the_gpu_and_what_is_installed_after(site: Path) -> None:
+    assert component("Torch-TensorRT").reason == "torch_tensorrt is not installed"
+    assert component("Torch-TensorRT").remedy.startswith("pip install")
+    install(site, "torch-tensorrt", torch.__version__, torch_tensorrt="")
+    assert component("Torch-TensorRT").reason == "there is no NVIDIA driver"
+    assert component("Torch-TensorRT").remedy.startswith("install the NVIDIA driver")
+
+
+def test_triton_is_refused_by_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (6, 1))
+    assert not component("Triton").usable
+    assert component("Triton").remedy == 'use backend="eager" on this GPU'
+
+
 def test_missing_compilers_and_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def inductor() -> Any:
         clear_caches()
-        return next(c for c in environment._components() if c.name == "Inductor on CPU")
+        return component("Inductor on CPU")
 
     with monkeypatch.context() as patched:
         patched.setattr(environment.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -513,7 +545,7 @@ def test_missing_compilers_and_headers_are_named(monkeypatch: pytest.MonkeyPatch
 def test_the_tables_keep_commands_whole(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu128")
     install(site, "torch-tensorrt-rtx", "0.0.1")
-    install(site, "tensorrt", "10.15.1", tensorrt="")
+    install(site, "tensorrt", "10.15.1", tensorrt="raise ImportError('no [markup] here')")
     fake_gpu(monkeypatch, (7, 5), "Tesla T4")
     found = environment.environment()
     monkeypatch.undo()  # rich imports parts of itself while it prints
@@ -521,7 +553,7 @@ def test_the_tables_keep_commands_whole(site: Path, monkeypatch: pytest.MonkeyPa
     wrapped, whole = StringIO(), StringIO()
     Console(file=wrapped, width=60).print(found)
     Console(file=whole, width=60).print(found, soft_wrap=True)
-    for part in ("Tesla T4", "7.5", "81920", "torch-tensorrt-rtx 0.0.1", "10.15.1", "[rtx]", *remedies):
+    for part in ("Tesla T4", "7.5", "81920", "torch-tensorrt-rtx 0.0.1", "10.15.1", "[rtx]", "[markup]", *remedies):
         assert part in " ".join(wrapped.getvalue().split()), part
     for remedy in remedies:
         assert any(line.endswith(remedy) for line in whole.getvalue().splitlines()), remedy
@@ -578,6 +610,7 @@ def test_provenance_in_a_checkout(package: Path) -> None:
 
 def test_provenance_without_git(package: Path) -> None:
     git(package.parent, "init", "-q")
+    git(package.parent, "commit", "-q", "--allow-empty", "-m", "x")
     (package / "a.py").write_text("edited")
     before = environment.provenance()
     assert before["commit"] is None  # in a checkout, of something else: the file is not tracked

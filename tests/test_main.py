@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from torchaccel.__main__ import main
+from torchaccel.environment import Problem, environment
 
 
 def test_env_prints_tables_that_a_narrow_terminal_does_not_cut() -> None:
@@ -28,6 +30,16 @@ def test_env_prints_tables_that_a_narrow_terminal_does_not_cut() -> None:
     rows = [line for line in done.stdout.splitlines() if "ONNX export" in line]
     assert len(rows) == 1
     assert "yes" in rows[0]
+
+
+def test_env_keeps_a_long_command_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "pip install " + " ".join(f"package-{number}" for number in range(20))
+    found = replace(environment(), problems=(Problem("this beside that", "they clash", command),))
+    monkeypatch.setattr("torchaccel.__main__.environment", lambda: found)
+    assert main(["env"]) == 0
+    assert f"  this beside that: {command}" in capsys.readouterr().out.splitlines()
 
 
 def test_env_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,6 +234,9 @@ def test_a_gpu_too_old_for_tensorrt_gets_torchaccel_alone(machine: Machine) -> N
     assert done.returncode == 0
     assert machine.installs() == [f"-m pip install {EDITABLE} {ROOT} {KEEP} {WHEELS}"]
     assert "needs compute capability 7.5, and this GPU has 7.0" in done.stderr
+    (machine.site / "torchaccel").unlink()
+    assert machine.run(SETUP, FAKE_UNKNOWN=".").returncode != 0
+    assert len(machine.installs()) == 1  # nothing else is tried
 
 
 def test_a_gpu_of_two_digits_is_not_too_old(machine: Machine) -> None:

@@ -183,6 +183,31 @@ def test_samples_that_the_rounds_do_not_divide_are_all_taken(clock):
     assert {name: len(medians) for name, medians in result.round_ms.items()} == {"quick": 10, "slow": 10}
 
 
+def test_a_slow_candidate_is_in_the_first_rounds_and_compared_over_those(clock):
+    calls = []
+    quick, slow = (lambda name=name: calls.append(name) or clock.work(len(calls)) for name in ("quick", "slow"))
+    with pytest.warns(MeasurementWarning) as caught:
+        result = compare({"quick": quick, "slow": slow}, samples={"quick": 40, "slow": 3}, rounds=20, warmup=0)
+    assert "(slow: 3):" in str(caught[0].message)
+    assert "an interval needs 10 rounds, not 3" in str(caught[0].message)
+    assert (calls.count("quick"), calls.count("slow")) == (40, 3)
+    assert "slow" not in calls[9:]
+    medians = result.round_ms
+    assert (len(medians["quick"]), len(medians["slow"])) == (20, 3)
+    expected = [slow / quick for slow, quick in zip(medians["slow"], medians["quick"], strict=False)]
+    assert result.ratio("slow").value == pytest.approx(statistics.median(expected))
+
+
+def test_one_round_gives_a_ratio_without_an_interval(clock):
+    with pytest.warns(MeasurementWarning, match="an interval needs 10 rounds, not 1"):
+        result = compare({"one": lambda: clock.work(1), "two": lambda: clock.work(2)}, rounds=1, warmup=0)
+    ratio = result.ratio("two")
+    assert ratio.to_dict() == {"value": 2, "low": None, "high": None}
+    assert ratio.inverse().to_dict() == {"value": 0.5, "low": None, "high": None}
+    assert str(ratio) == "2.000 (one round: no interval)"
+    assert json.dumps(result.to_dict(), allow_nan=False)
+
+
 def test_the_interval_covers_a_known_ratio_and_a_common_wander_cancels(clock):
     noise = random.Random(1)
 
@@ -240,12 +265,12 @@ def test_too_few_samples_are_said(clock, samples, needs):
         measure(lambda: clock.work(1), samples=samples, warmup=0)
     assert [str(one.message).count("needs") for one in caught] == [len(needs)]
     assert all(need in str(caught[0].message) for need in needs)
-    assert f"{samples} samples" in str(caught[0].message)
+    assert f"(fn: {samples}):" in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
 def test_too_few_rounds_are_said(clock):
-    with pytest.warns(MeasurementWarning, match="100 samples in 9 rounds: an interval needs 10 rounds"):
+    with pytest.warns(MeasurementWarning, match=r"\(one: 100\): an interval needs 10 rounds, not 9"):
         compare({"one": lambda: clock.work(1)}, rounds=9, warmup=0)
 
 

@@ -142,7 +142,10 @@ def drop_unused_weights(program: ExportedProgram) -> None:
 
 
 def decompose_hardswish(program: ExportedProgram) -> None:
-    """Write x·clamp(x+3, 0, 6)/6 for HardSwish in bfloat16, which TensorRT's ONNX parser refuses."""
+    """Write x·clamp(x+3, 0, 6)/6 for HardSwish in bfloat16.
+
+    TensorRT's ONNX parser refuses it, and what Torch-TensorRT makes of it gives NaN on TensorRT-RTX 1.4 (measured).
+    """
     graph = program.graph
     for node in list(graph.nodes):
         if node.target not in (aten.hardswish.default, aten.hardswish_.default):

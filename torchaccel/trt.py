@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchaccel import environment
+from torchaccel.environment import import_problem
 from torchaccel.errors import BackendError, BuildError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class TensorRT:
 def unavailable(flavour: str | None = None) -> str | None:
     """Why neither (or not this) TensorRT can be used, or None where one can."""
     wanted = (flavour,) if flavour else tuple(FLAVOURS)
-    problems = {name: environment.import_problem(name) for name in wanted}
+    problems = {name: import_problem(name) for name in wanted}
     if any(problem is None for problem in problems.values()):
         return None
     return "; ".join(f"{FLAVOURS[name]}: {problem}" for name, problem in problems.items())
@@ -68,7 +68,7 @@ def load(flavour: str | None = None) -> TensorRT:
     problem = unavailable(flavour)
     if problem:
         raise BackendError(f"no TensorRT is usable here: {problem}. Run `python -m torchaccel env` for the remedy.")
-    chosen = flavour or next(name for name in FLAVOURS if environment.import_problem(name) is None)
+    chosen = flavour or next(name for name in FLAVOURS if import_problem(name) is None)
     api = importlib.import_module(chosen)
     return TensorRT(chosen, api)
 

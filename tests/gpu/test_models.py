@@ -9,12 +9,28 @@ from tests.models import ZOO
 from torchaccel.precision import PRECISIONS, tf32_state
 
 
+# What TensorRT-RTX 1.4 builds, but computes wrongly, by whichever route (measured on a Hopper GPU): EfficientNet in fp16
+# is off by 4 to 8 % and ConvNeXt in bf16 gives NaN, where PyTorch's kernels are within 1 %. The gate must refuse them.
+WRONG_ON_RTX_1_4 = {("efficientnet_b0", "fp16"), ("convnext_tiny", "bf16")}
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("backend", TENSORRT)
 @pytest.mark.parametrize("name", ZOO)
 def test_tensorrt_computes_what_the_module_does(name: str, backend: str, precision: str) -> None:
     need(backend, precision)
-    check(name, backend, precision)
+    rtx = torchaccel.environment().tensorrt_rtx
+    if (name, precision) in WRONG_ON_RTX_1_4 and rtx is not None and rtx.startswith("1.4."):
+        with pytest.raises(torchaccel.AccuracyError, match=r"output 0 .* relative error .* \(bound"):
+            check(name, backend, precision)
+    else:
+        check(name, backend, precision)
+
+
+@pytest.mark.parametrize(("name", "precision"), sorted(WRONG_ON_RTX_1_4))
+def test_native_backends_are_right_where_tensorrt_is_not(name: str, precision: str) -> None:
+    need("eager", precision)
+    check(name, "eager", precision)
 
 
 @pytest.mark.parametrize("backend", ["inductor", "eager"])

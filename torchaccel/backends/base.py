@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from torchaccel import environment, trt
+from torchaccel import trt
 from torchaccel.capture import Program
+from torchaccel.environment import device_problem
 from torchaccel.precision import Precision, tf32_state
 from torchaccel.report import Coverage
 
@@ -86,10 +87,9 @@ class Backend(ABC):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries' warnings of their own deprecations from the caller, who cannot act on them."""
+    """Keep from the caller what libraries warn of while they build: their deprecations, and advice on TF32."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -141,7 +141,7 @@ def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -
     name = trt.FLAVOURS[flavour]
     if device.type != "cuda":
         return f"{name} needs an NVIDIA GPU, and the module is on {device}"
-    if problem := environment.device_problem(flavour, device.index or 0):
+    if problem := device_problem(flavour, device.index or 0):
         return problem
     if flavour == "tensorrt_rtx" and precision.name == "fp32":
         return f"{name} computes fp32 in TF32 even where TF32 is switched off (measured); ask for 'tf32'"

@@ -2,9 +2,9 @@
 
 import torch
 
-from torchaccel import environment
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours, quiet
 from torchaccel.capture import Program
+from torchaccel.environment import c_compiler, cxx_compiler, gpus, import_problem
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 
@@ -17,11 +17,11 @@ class Inductor(Backend):
 
     def unavailable(self) -> str | None:
         """Inductor compiles its kernels with a C++ compiler on the CPU, and through Triton on a GPU."""
-        if environment.gpus():
-            if problem := environment.import_problem("triton"):
+        if gpus():
+            if problem := import_problem("triton"):
                 return f"Inductor needs Triton on a GPU: {problem}"
-            return None if environment.c_compiler() else "Triton needs a C compiler: install gcc, or set CC"
-        return None if environment.cxx_compiler() else "Inductor needs a C++ compiler: install g++, or set CXX"
+            return None if c_compiler() else "Triton needs a C compiler: install gcc, or set CC"
+        return None if cxx_compiler() else "Inductor needs a C++ compiler: install g++, or set CXX"
 
     def honours(self, precision: Precision, device: torch.device) -> str | None:
         """Whatever PyTorch's kernels honour."""

@@ -4,8 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import onnx_ir.passes.common as onnx_passes
-import onnxscript.optimizer
 import torch
 
 from torchaccel import trt
@@ -65,6 +63,9 @@ def export(program: Program) -> Any:
     torch.onnx's own optimizer is left out: it merges equal weights and folds transposes into them, and their names are
     lost. Without it axes and shapes would stay computed, which the parser refuses, so just those are folded here.
     """
+    import onnx_ir.passes.common as onnx_passes
+    import onnxscript.optimizer
+
     try:
         with quiet():
             exported = torch.onnx.export(program.exported, program.inputs, dynamo=True, optimize=False, verbose=False)

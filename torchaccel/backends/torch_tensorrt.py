@@ -20,12 +20,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from torchaccel import environment, trt
+from torchaccel import trt
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, quiet, tensorrt_honours
 from torchaccel.capture import Program, count_operators
+from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
-from torchaccel.prepare import widen_depthwise
+from torchaccel.prepare import decompose_hardswish, widen_depthwise
 from torchaccel.report import Coverage
 
 ENGINE = "_run_on_acc"  # how Torch-TensorRT names the parts that become engines
@@ -38,14 +39,15 @@ class TorchTensorRT(TensorRTBacked, Backend):
 
     def unavailable(self) -> str | None:
         """Why `import torch_tensorrt` fails here."""
-        return environment.import_problem("torch_tensorrt") or trt.unavailable(_flavour())
+        return import_problem("torch_tensorrt") or trt.unavailable(_flavour())
 
     def honours(self, precision: Precision, device: torch.device) -> str | None:
         """What the GPU and the TensorRT beneath honour."""
         return tensorrt_honours(_flavour(), precision, device)
 
     def lower(self, program: Program) -> None:
-        """Write out what this TensorRT cannot take."""
+        """Write out what TensorRT, or this one, cannot take."""
+        decompose_hardswish(program.exported)
         if trt.load(_flavour()).is_rtx:
             widen_depthwise(program.exported, program.rules)
 
@@ -88,7 +90,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
 
 
 def _flavour() -> str:
-    return environment.tensorrt_of_torch_tensorrt() or "tensorrt"
+    return tensorrt_of_torch_tensorrt() or "tensorrt"
 
 
 def _settings(precision: Precision, device: torch.device) -> dict[str, Any]:
