@@ -67,7 +67,6 @@ class State:
                 runner = self.built[key].runner(tensors, self.pool, self.options.cuda_graph)
             else:
                 built, runner = self.build(call, tensors, self.pool)
-                runner(tensors)
                 self.pool.synchronize()
                 built.record.first_call_ms = (time.perf_counter() - started) * 1e3
                 self.built[key] = built

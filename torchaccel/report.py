@@ -4,10 +4,11 @@ import dataclasses
 import io
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.table import Table
+if TYPE_CHECKING:  # rich takes longer to import than all of torchaccel; only who prints a report pays for it
+    from rich.console import Group
+    from rich.table import Table
 
 MAX_OPERATORS_SHOWN = 12
 
@@ -141,24 +142,28 @@ class Report:
         plain["graph"] = (self.runners[-1].graph or self.runners[-1].why_no_graph) if self.runners else None
         return plain
 
-    def __rich__(self) -> Group:
-        summary = Table(title=f"torchaccel: {self.module}", title_justify="left", show_header=False)
-        for label, value in self._summary():
-            summary.add_row(label, value)
-        parts: list[Any] = [summary]
+    def __rich__(self) -> "Group":
+        from rich.console import Group
+
+        parts: list[Any] = [_table(f"torchaccel: {self.module}", (), self._summary())]
         if self.engines:
-            parts.append(_engine_table(self.engines))
+            parts.append(_table("engines", _ENGINE_COLUMNS, [_engine_row(engine) for engine in self.engines]))
         if self.runners:
-            parts.append(_runner_table(self.runners))
-        parts += [f"• {event}" for event in self.events]
+            parts.append(_table("runners", _RUNNER_COLUMNS, [_runner_row(runner) for runner in self.runners]))
+        for engine in self.engines:
+            if engine.fell_back_because:
+                parts.append(f"• {engine.backend} is the fallback: {engine.fell_back_because}".replace("[", "\\["))
+        parts += [f"• {event}".replace("[", "\\[") for event in self.events]
         return Group(*parts)
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         buffer = io.StringIO()
         Console(file=buffer, width=120).print(self)
         return buffer.getvalue()
 
-    def _summary(self) -> list[tuple[str, str]]:
+    def _summary(self) -> list[tuple[str, ...]]:
         backend = self.backend or "none yet: it is built at the first call"
         return [
             ("backend", f"{backend} (asked: {self.backend_asked}) {self.backend_reason}".strip()),
@@ -171,33 +176,34 @@ class Report:
         ]
 
 
-def _engine_table(engines: list[EngineRecord]) -> Table:
-    table = Table(title="engines", title_justify="left")
-    times = ("export ms", "build ms", "load ms", "first call ms")
-    for name in ("inputs", "backend", *times, "error", "bound", "coverage"):
-        table.add_column(name, justify="right" if name.endswith("ms") else "left", overflow="fold")
-    for engine in engines:
-        error = max((gate.relative_error for gate in engine.gates), default=float("nan"))
-        bound = max((output.bound for gate in engine.gates for output in gate.outputs), default=float("nan"))
-        backend = f"{engine.backend} {engine.library}".strip()
-        table.add_row(
-            engine.signature,
-            backend,
-            *(f"{getattr(engine, time.replace(' ', '_')):.0f}" for time in times),
-            f"{error:.2g}",
-            f"{bound:.2g}",
-            str(engine.coverage or "-"),
-        )
-    return table
+_TIMES = ("export ms", "build ms", "load ms", "first call ms")
+_ENGINE_COLUMNS = ("inputs", "backend", *_TIMES, "error", "bound", "coverage")
+_RUNNER_COLUMNS = ("inputs", "CUDA graph", "device MiB", "calls")
 
 
-def _runner_table(runners: list[RunnerRecord]) -> Table:
-    table = Table(title="runners", title_justify="left")
-    for name in ("inputs", "CUDA graph", "device MiB", "calls"):
-        table.add_column(name, overflow="fold")
-    for runner in runners:
-        graph = "in use" if runner.graph else f"no: {runner.why_no_graph}"
-        table.add_row(runner.signature, graph, f"{runner.device_mib:.1f}", str(runner.calls))
+def _engine_row(engine: EngineRecord) -> tuple[str, ...]:
+    error = max((gate.relative_error for gate in engine.gates), default=float("nan"))
+    bound = max((output.bound for gate in engine.gates for output in gate.outputs), default=float("nan"))
+    times = (engine.export_ms, engine.build_ms, engine.load_ms, engine.first_call_ms)
+    backend = f"{engine.backend} {engine.library}".strip()
+    covered = str(engine.coverage or "-")
+    return (engine.signature, backend, *(f"{time:.0f}" for time in times), f"{error:.2g}", f"{bound:.2g}", covered)
+
+
+def _runner_row(runner: RunnerRecord) -> tuple[str, ...]:
+    graph = "in use" if runner.graph else f"no: {runner.why_no_graph}"
+    return (runner.signature, graph, f"{runner.device_mib:.1f}", str(runner.calls))
+
+
+def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_header=bool(header))
+    for name in header:
+        table.add_column(name, justify="right" if "ms" in name.split() else "left", overflow="fold")
+    for row in rows:  # as Text, since rich would read the shape in `float32[8, 3]` as markup
+        table.add_row(*map(Text, row))
     return table
 
 

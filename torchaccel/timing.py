@@ -211,6 +211,7 @@ def measure(
     Raises OptionError for a wrong argument; what `fn` raises passes through. Gives a MeasurementWarning where the
     samples are too few for their percentiles, where they drift, and where the host's launches bound the GPU.
 
+    >>> import time
     >>> timing = measure(time.sleep, 0.002)
     >>> timing.count, timing.device, 2 <= timing.min_ms <= timing.median_ms <= timing.p99_ms
     (100, 'cpu', True)
@@ -239,9 +240,10 @@ def compare(
     Each round calls every candidate, in an order shuffled anew with a fixed seed, so that none always follows the
     same one and a wandering clock meets all of them. `samples` is per candidate, a mapping where they differ, and is
     spread over `rounds` (20, or fewer where there are fewer samples); a candidate with fewer samples than that is in
-    the first rounds only. On a GPU the host waits between candidates, so
-    that none hides its launches behind the work of another. The rest, errors and warnings are `measure`'s.
+    the first rounds only. On a GPU the host waits between candidates, so that none hides its launches behind the work
+    of another. The rest, errors and warnings are `measure`'s.
 
+    >>> import time
     >>> result = compare({"nap": lambda: time.sleep(0.002), "sleep": lambda: time.sleep(0.006)}, warmup=5)
     >>> result.fastest, 2 < result.ratio("sleep").value < 3.1
     ('nap', True)

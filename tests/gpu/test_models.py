@@ -8,8 +8,7 @@ from tests.gpu.helpers import ALL, TENSORRT, need, relative_error, served_by_eng
 from tests.models import ZOO
 from torchaccel.precision import PRECISIONS, tf32_state
 
-
-# What TensorRT-RTX 1.4 builds, but computes wrongly, by whichever route (measured on a Hopper GPU): EfficientNet in fp16
+# What TensorRT-RTX 1.4 builds but computes wrongly, by either route (measured on a Hopper GPU): EfficientNet in fp16
 # is off by 4 to 8 % and ConvNeXt in bf16 gives NaN, where PyTorch's kernels are within 1 %. The gate must refuse them.
 WRONG_ON_RTX_1_4 = {("efficientnet_b0", "fp16"), ("convnext_tiny", "bf16")}
 
