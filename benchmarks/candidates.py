@@ -104,7 +104,7 @@ def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tens
     try:
         with noting(candidate.notes):
             model = compiled()
-            model(inputs)
+            runner = model.runner_for(inputs)
     except torchaccel.TorchAccelError as error:
         candidate.reason = str(error)
         return candidate
@@ -113,7 +113,7 @@ def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tens
     candidate.build_ms = report["build_ms"]
     candidate.call = lambda: model(inputs)
     if candidate.graph is True:
-        candidate.replay = model.runner_for(inputs).replay
+        candidate.replay = runner.replay
     return candidate
 
 
@@ -166,8 +166,8 @@ def relate(candidates: list[Candidate], rows: list[dict[str, Any]], timed: Compa
         same = [other for other, _ in ran if other.batch == candidate.batch]
         fp32 = [other for other in same if other.precision == "fp32" and other.route != "peer"]
         if fp32:
-            over = {"over": f"{fp32[-1].backend} fp32"}
-            line["gain"] = over | timed.ratio(candidate.name, to=fp32[-1].name).inverse().to_dict()
+            over = {"over": f"{fp32[0].backend} fp32"}
+            line["gain"] = over | timed.ratio(candidate.name, to=fp32[0].name).inverse().to_dict()
         kin = [
             other
             for other, _ in ran
@@ -178,7 +178,8 @@ def relate(candidates: list[Candidate], rows: list[dict[str, Any]], timed: Compa
         if least is not candidate:
             ratio = timed.ratio(candidate.name, to=least.name).inverse().to_dict()
             times = candidate.batch / least.batch
-            line["batching"] = {"over_batch": least.batch} | {key: times * value for key, value in ratio.items()}
+            scaled = {key: value if value is None else times * value for key, value in ratio.items()}
+            line["batching"] = {"over_batch": least.batch} | scaled
         own = [o for o in same if o.route == "torchaccel" and o.precision == candidate.precision]
         if candidate.route == "peer" and own:
             line["versus"] = {"of": own[0].backend} | timed.ratio(candidate.name, to=own[0].name).to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,8 +23,7 @@ from torchaccel.environment import gpu_state
 from torchaccel.timing import Comparison, compare, measure
 
 SEED = 0
-CPU_BUDGET_S = 40.0  # for all the samples together, so that two slow cores are done within two minutes
-CPU_FEWEST = 3
+CPU_TOTAL_S, CPU_SAMPLING_S = 100.0, 20.0  # so that two slow cores are done within two minutes
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Plan:
 def run(plan: Plan, module: nn.Module, progress_on: Console) -> dict[str, Any]:
     """Measure `module`, which is on the plan's device and in eval mode; returns the content of the result file."""
     notes: list[str] = []
+    started = time.monotonic()
     images = dict(_images(plan))
     with torch.no_grad(), ExitStack() as stay, _progress(progress_on) as progress:
         steps = len(plan.precisions) * len(plan.batches) * (1 + len(plan.peers))
@@ -59,7 +60,7 @@ def run(plan: Plan, module: nn.Module, progress_on: Console) -> dict[str, Any]:
         progress.update(task, description="measuring")
         before = gpu_state() if plan.device.type == "cuda" else {}
         with noting(notes):
-            timed = _timed(plan, candidates)
+            timed = _timed(plan, candidates, max(CPU_SAMPLING_S, CPU_TOTAL_S - (time.monotonic() - started)))
         after = gpu_state() if plan.device.type == "cuda" else {}
         copies = {batch: _copies(images[batch], references[batch], plan.runs) for batch in plan.batches}
         progress.update(task, advance=1, description="done")
@@ -111,7 +112,7 @@ def _own(plan: Plan, module: nn.Module, precision: str, compiled: Any, inputs: T
     return [found, baseline(module, inputs)]
 
 
-def _timed(plan: Plan, candidates: list[Candidate]) -> Comparison | None:
+def _timed(plan: Plan, candidates: list[Candidate], budget_s: float) -> Comparison | None:
     ready = [candidate for candidate in candidates if candidate.call is not None]
     if not ready:
         return None
@@ -119,9 +120,23 @@ def _timed(plan: Plan, candidates: list[Candidate]) -> Comparison | None:
     calls |= {f"{candidate.name} replay": candidate.replay for candidate in ready if candidate.replay is not None}
     if plan.device.type == "cuda":
         return compare(calls, samples=plan.runs, device=plan.device)
-    share = 1000 * CPU_BUDGET_S / len(ready)
-    samples = {one.name: min(plan.runs, max(CPU_FEWEST, int(share / one.first_ms))) for one in ready}
-    return compare(calls, samples=samples, device=plan.device, warmup=0)  # built and checked: two calls or more
+    first_ms = {candidate.name: candidate.first_ms for candidate in ready}
+    samples = affordable(first_ms, plan.runs, 1000 * budget_s)
+    return compare(calls, samples=samples, device=plan.device, warmup=0)  # building and checking have called it
+
+
+def affordable(first_ms: dict[str, float], runs: int, budget_ms: float) -> dict[str, int]:
+    """How many calls of each fit the budget: up to `runs` and at least 1; what the quick ones leave, the slow get.
+
+    >>> affordable({"slow": 100.0, "quick": 1.0}, 100, 1000.0)
+    {'quick': 100, 'slow': 9}
+    """
+    samples: dict[str, int] = {}
+    for name, cost_ms in sorted(first_ms.items(), key=lambda item: item[1]):
+        share = budget_ms / (len(first_ms) - len(samples))
+        samples[name] = max(1, min(runs, int(share / cost_ms)))
+        budget_ms = max(0.0, budget_ms - samples[name] * cost_ms)
+    return samples
 
 
 def _copies(images: Tensor, output: Tensor, runs: int) -> dict[str, float | None]:
@@ -149,7 +164,8 @@ def _settings(plan: Plan, timed: Comparison | None) -> dict[str, Any]:
     return asdict(plan) | {
         "device": str(plan.device),
         "seed": SEED,
-        "rounds": len(timed.round_ms[timed.baseline]) if timed else None,
+        "cpu_threads": torch.get_num_threads(),
+        "rounds": max(map(len, timed.round_ms.values())) if timed else None,
         "warmup": "until steady" if gpu else "the calls that built and checked it",
         "clock": "CUDA events, one pair per call" if gpu else "time.perf_counter_ns around each call",
         "reference": "the module in FP32 with TF32 off",

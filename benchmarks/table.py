@@ -18,14 +18,15 @@ _CAPTION = (
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, without an exponent where it can be read without; "-" where there is no figure.
+    """Four significant digits, at most three decimals (microseconds, of a time in ms); "-" where there is no figure.
 
-    >>> number(0.21534), number(12.3456), number(152345.6), number(None)
-    ('0.2153', '12.35', '152346', '-')
+    >>> number(0.21534), number(12.3456), number(152345.6), number(0.001234), number(None)
+    ('0.215', '12.35', '152346', '0.0012', '-')
     """
     if value is None:
         return "-"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    digits = ".0f" if value >= 1000 else ".4g" if value >= 1 else ".3f" if value >= 0.01 else ".2g"
+    return f"{value:{digits}}"
 
 
 def tables(rows: list[Row], notes: list[str]) -> RenderableType:
@@ -44,8 +45,10 @@ def tables(rows: list[Row], notes: list[str]) -> RenderableType:
 def _table(title: str, rows: list[Row]) -> Table:
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in _COLUMNS:
-        table.add_column(heading, justify="left" if heading == _COLUMNS[0] else "right", no_wrap=True)
-    table.add_column("backend", overflow="fold")
+        table.add_column(
+            heading, justify="left" if heading == _COLUMNS[0] else "right", vertical="bottom", no_wrap=True
+        )
+    table.add_column("backend", vertical="bottom", overflow="fold")
     for row in rows:
         table.add_row(row["precision"], str(row["batch"]), *_figures(row), _route(row))
     return table
@@ -63,7 +66,7 @@ def _figures(row: Row) -> Iterator[str]:
 
 def _route(row: Row) -> str:
     if row["reason"]:
-        return f"{row['backend']}: refused"
+        return f"{row['backend']}: not run"
     return row["backend"] + (" (the module)" if row["route"] == "baseline" else "")
 
 
@@ -79,6 +82,7 @@ def conclusion(rows: list[Row]) -> list[str]:
     if not own:
         return ["Nothing could be measured: see the reasons above."]
     lines = [_gain(row) for row in own if row["precision"] != "fp32"]
+    lines = lines or [f"{label(row)} takes {number(row['median_ms'])} ms, the median." for row in own]
     lines += [_batching(row) for row in own if row.get("batching")]
     lines += filter(None, (_fastest_peer(row, ran) for row in own if row["route"] == "torchaccel"))
     return lines
@@ -113,7 +117,7 @@ def _fastest_peer(row: Row, ran: list[Row]) -> str | None:
 
 def _speed(ratio: dict[str, Any]) -> str:
     value, interval = ratio["value"], _interval(ratio)
-    if ratio["low"] <= 1 <= ratio["high"]:
+    if ratio["low"] is not None and ratio["low"] <= 1 <= ratio["high"]:
         return f"not measurably faster or slower ({value:.2f} times the speed, {interval}) than"
     if value > 1:
         return f"{value:.2f} times as fast ({interval}) as"
@@ -121,4 +125,6 @@ def _speed(ratio: dict[str, Any]) -> str:
 
 
 def _interval(ratio: dict[str, Any]) -> str:
+    if ratio["low"] is None:
+        return "one round: no interval"
     return f"95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}"

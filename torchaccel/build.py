@@ -118,7 +118,7 @@ class Builder:
     ) -> None:
         """Compare what a runner returns, its graph and casts included, with the leaves of the module's own result."""
         with torch.inference_mode(False), torch.no_grad():
-            outputs = runner(tensors, counted=False)
+            outputs = runner.check(tensors)
         gate = compare_outputs(outputs, built.outputs.computed(leaves), self.options.bound, batch)
         built.record.gates += (gate,)
         require(gate, built.backend.name, self.options.precision)

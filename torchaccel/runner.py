@@ -124,12 +124,11 @@ class Runner:
         if self._is_cuda:
             self.record.device_mib += sum(map(_size_bytes, self._inputs)) / 2**20
 
-    def __call__(self, tensors: Sequence[torch.Tensor], *, counted: bool = True) -> list[torch.Tensor]:
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, new tensors in the module's dtypes, on the device that the inputs are on.
 
         Tensors on the GPU are read on the current stream, without synchronisation. Tensors on the CPU go through pinned
-        memory; then the host waits for the outputs, since they are to be read there. The gate's calls are not
-        `counted`.
+        memory; then the host waits for the outputs, since they are to be read there.
         """
         on_cpu = [tensor.is_cpu for tensor in tensors]
         from_host = self._is_cuda and all(on_cpu)
@@ -138,18 +137,24 @@ class Runner:
                 tensors = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
             with self.pool.turn():
                 self.load_inputs(tensors)
-                results = self.own_results(counted)
+                results = self.own_results()
         return to_host(results) if from_host else results
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the engine computes for tensors on its device, in its own dtypes: for the gate; it counts as no call."""
+        with self._device_guard(), self.pool.turn():
+            self.load_inputs(tensors)
+            return [result.clone() for result in self.run()]
 
     def load_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copy a call's tensors into the static buffers, casting on the way; hold the pool's turn."""
         for buffer, tensor in zip(self._inputs, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
 
-    def own_results(self, counted: bool = True) -> list[torch.Tensor]:
+    def own_results(self) -> list[torch.Tensor]:
         """Run, and copy the results out into tensors of the caller's own; hold the pool's turn."""
-        self.record.calls += counted
-        self.pool.calls += counted
+        self.record.calls += 1
+        self.pool.calls += 1
         return [_own(result, dtype) for result, dtype in zip(self.run(), self._dtypes, strict=True)]
 
     def run(self) -> tuple[torch.Tensor, ...]:
