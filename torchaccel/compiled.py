@@ -1,182 +1,19 @@
 """CompiledModule: the drop-in that finds the runner for a call."""
 
 import copy
-import threading
-import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchaccel import streaming
-from torchaccel.build import Builder, Built
-from torchaccel.capture import batch_size, batched_inputs
-from torchaccel.errors import BackendWarning, InputError, StaleWeightsError
-from torchaccel.options import Options
+from torchaccel.errors import BackendWarning
 from torchaccel.report import Report
-from torchaccel.runner import Pool, Runner
+from torchaccel.runner import Runner
 from torchaccel.signature import Call, read_call
-from torchaccel.weights import WeightWatch
-
-
-@dataclass
-class State:
-    """What a compiled module holds besides the module: engines by signature, their weights, the report."""
-
-    module: nn.Module
-    options: Options
-    device: torch.device
-    build: Builder
-    report: Report
-    pool: Pool
-    built: dict[Any, Built] = field(default_factory=dict)
-    runners: "OrderedDict[Any, Runner]" = field(default_factory=OrderedDict)
-    stale: str = ""
-    warned_of_gradients: bool = False
-    _prints: list[int] | None = None
-    _calls_since_check: int = 0
-
-    def __post_init__(self) -> None:
-        self._lock = threading.RLock()
-        self._watch = WeightWatch(self.module)
-
-    def find(self, call: Call) -> Runner:
-        """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
-        runner = self.runners.get(call.key)
-        if runner is None:
-            return self._miss(call)
-        with suppress(KeyError):  # another thread has just dropped it; it still serves this call
-            self.runners.move_to_end(call.key)
-        return runner
-
-    def _miss(self, call: Call) -> Runner:
-        with self._lock:
-            if call.key in self.runners:
-                return self.runners[call.key]
-            started = time.perf_counter()
-            tensors = self._on_device(call)
-            key = self._plan_key(call)
-            if not self.built:
-                self._watch.accept()
-            if key in self.built:
-                runner = self.built[key].runner(tensors, self.pool, self.options.cuda_graph)
-            else:
-                built, runner = self.build(call, tensors, self.pool)
-                self.pool.synchronize()
-                built.record.first_call_ms = (time.perf_counter() - started) * 1e3
-                self.built[key] = built
-                self.report.builds += 1
-                self.report.backend = built.backend.name
-                self.report.engines.append(built.record)
-                if self._prints is None:
-                    self._prints = self._watch.fingerprint()
-            runner.plan_key = key
-            self.runners[call.key] = runner
-            while len(self.runners) > self.options.max_runners:
-                self.runners.popitem(last=False)
-            return runner
-
-    def _on_device(self, call: Call) -> list[torch.Tensor]:
-        if not call.tensors:
-            raise InputError("the call has no tensor among its arguments, so there is nothing to run an engine on.")
-        for index, tensor in enumerate(call.tensors):
-            if tensor.device.type != "cpu" and tensor.device != self.device:
-                raise InputError(
-                    f"input {index} is on {tensor.device}, and the model on {self.device}: move one of them with .to()."
-                )
-        return [tensor.detach().to(self.device) for tensor in call.tensors]
-
-    def _plan_key(self, call: Call) -> Any:
-        sizes = self.options.dynamic_batch
-        if sizes is None:
-            return call.key
-        size = batch_size(call.tensors)
-        if not sizes[0] <= size <= sizes[2]:
-            raise InputError(
-                f"the batch is {size}, outside dynamic_batch={sizes}: pass between {sizes[0]} and {sizes[2]} items, or "
-                f"compile with a wider range."
-            )
-        batched = batched_inputs(call.tensors)
-        shapes = tuple((t.shape[1:] if b else t.shape, t.dtype, b) for t, b in zip(call.tensors, batched, strict=True))
-        return shapes, repr(call.template), repr(call.spec), call.autocast
-
-    def check_weights(self) -> None:
-        """Act on a change of the module's weights that PyTorch tracks, and at times look for those that it does not."""
-        if self.options.on_weight_change == "ignore" or not self.built:
-            return
-        if self.stale:
-            raise StaleWeightsError(self.stale)
-        if self._watch.changed():
-            self._take_change()
-        every = self.options.check_weights_every
-        if every is not None:
-            self._calls_since_check += 1
-            if self._calls_since_check >= every:
-                self.check_untracked()
-
-    def check_untracked(self) -> None:
-        """Compare the fingerprint of the weights with that of the last refresh; waits for the device."""
-        self._calls_since_check = 0
-        if self.options.on_weight_change == "ignore" or self._prints is None or self._watch.structure_changed():
-            return
-        if self._watch.fingerprint() != self._prints:
-            self._take_change("a write that PyTorch does not track")
-
-    def _take_change(self, what: str = "") -> None:
-        with self._lock:
-            if not what and not self._watch.changed():
-                return  # another thread has taken it meanwhile
-            if self.options.on_weight_change == "raise":
-                self.stale = (
-                    f"the weights of {type(self.module).__name__} changed after its engines were built"
-                    f"{f' ({what})' if what else ''}; call refresh() to take the new ones."
-                )
-                raise StaleWeightsError(self.stale)
-            self.refresh(what)
-
-    def refresh(self, what: str = "") -> None:
-        """Bring every engine up to date: in place where its weights are plain tensors, by a new plan elsewhere."""
-        with self._lock:
-            started = time.perf_counter()
-            self.stale = ""
-            if self._watch.structure_changed():
-                self._drop_all()
-            else:
-                with self.pool.turn():
-                    self.build.store.refresh(self.module)
-                self.built = {key: built for key, built in self.built.items() if built.is_fresh_in_place()}
-                for key in [key for key, runner in self.runners.items() if runner.plan_key not in self.built]:
-                    del self.runners[key]
-            if what:
-                self.report.events.append(f"refreshed after {what}")
-            self._watch.accept()
-            self._prints = self._watch.fingerprint() if self.built else None
-            self.pool.synchronize()
-            self.report.refreshes += 1
-            self.report.refresh_ms = (time.perf_counter() - started) * 1e3
-
-    def _drop_all(self) -> None:
-        """Forget every plan, runner and weight, and follow the module to its device; the next call builds."""
-        self.runners.clear()
-        self.built.clear()
-        self.build.store.clear()
-        self.report.events.append("the module's structure, dtypes or device changed: engines are built anew")
-        device = module_device(self.module) or self.device
-        if device != self.device:
-            self.device, self.pool, self.report.device = device, Pool(device), describe_device(device)
-
-    def memory_mib(self) -> float:
-        """Device memory of weights, engines, buffers and graphs; zero on a CPU."""
-        if self.device.type != "cuda":
-            return 0.0
-        runners = list(self.runners.values())
-        held = self.build.store.size_bytes() + sum(runner.engine_bytes() for runner in runners)
-        return held / 2**20 + sum(runner.record.device_mib for runner in runners)
+from torchaccel.state import State
 
 
 class CompiledModule(nn.Module):
@@ -300,15 +137,3 @@ class CompiledModule(nn.Module):
     def __repr__(self) -> str:
         options = self._state.options
         return f"CompiledModule(precision={options.precision!r}, backend={options.backend!r}, module={self.module!r})"
-
-
-def module_device(module: nn.Module) -> torch.device | None:
-    """The device of the module's tensors; None where it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return None
-
-
-def describe_device(device: torch.device) -> str:
-    """A device with the GPU's name."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -15,12 +15,13 @@ from torchaccel.backends.inductor import Inductor
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
-from torchaccel.compiled import CompiledModule, State, describe_device, module_device
+from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
 from torchaccel.options import Options, check_module_names, make_options
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import Report
 from torchaccel.runner import Pool
+from torchaccel.state import State, describe_device, module_device
 from torchaccel.streaming import read_batch
 from torchaccel.weights import WeightStore
 
