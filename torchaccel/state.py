@@ -57,7 +57,8 @@ class State:
             started = time.perf_counter()
             tensors = self._on_device(call)
             key = self._plan_key(call)
-            if not self.built:
+            if not self.built:  # nothing holds older weights: those of now are the ones to watch
+                self.build.store.clear()
                 self._watch.accept()
             if key in self.built:
                 runner = self.built[key].runner(tensors, self.pool, self.options.cuda_graph)
