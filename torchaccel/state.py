@@ -165,7 +165,9 @@ class State:
         self.report.events.append("the module's structure, dtypes or device changed: engines are built anew")
         device = module_device(self.module) or self.device
         if device != self.device:
+            calls = self.pool.calls
             self.device, self.pool, self.report.device = device, Pool(device), describe_device(device)
+            self.pool.calls = calls
 
     def memory_mib(self) -> float:
         """Device memory of weights, engines, buffers and graphs; zero on a CPU."""

@@ -118,6 +118,10 @@ class WeightStore:
         return sum(held.numel() * held.element_size() for held in self._held.values())
 
 
+# 2⁶⁴ over the golden ratio, as a signed number: consecutive places get weights that look unrelated (Knuth, volume 3).
+SPREAD = 0x9E3779B97F4A7C15 - 2**64
+
+
 @torch.no_grad()
 def fingerprint(tensors: Iterable[torch.Tensor]) -> list[int]:
     """A position-weighted sum of each tensor's raw bits, modulo 2⁶⁴: it sees what no version counter records.
@@ -131,8 +135,8 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> list[int]:
         padding = -raw.numel() % 8
         words = torch.nn.functional.pad(raw, (0, padding)).view(torch.int64)
         place = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-        sums.append((words * (place * 0x9E3779B97F4A7C15 % 2**63 | 1)).sum())
-    return torch.stack([part.cpu() for part in sums]).tolist() if sums else []
+        sums.append((words * (place * SPREAD | 1)).sum())
+    return torch.stack([part.to(sums[0].device) for part in sums]).tolist() if sums else []
 
 
 _watches: "weakref.WeakSet[WeightWatch]" = weakref.WeakSet()
