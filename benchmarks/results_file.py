@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torchaccel.environment import provenance
+from torchaccel.provenance import provenance
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"

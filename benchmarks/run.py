@@ -19,7 +19,7 @@ from benchmarks import peers
 from benchmarks.candidates import Candidate, baseline, check, noting, ours, refusal, relate, row, strict
 from benchmarks.results_file import document
 from benchmarks.table import conclusion, label, number
-from torchaccel.environment import gpu_state
+from torchaccel.provenance import gpu_state
 from torchaccel.timing import Comparison, compare, measure
 
 SEED = 0

@@ -39,7 +39,8 @@ part() { # NAME COMMAND...: run it, keep its log, its status and its time, and g
 }
 
 describe='import json, sys
-from torchaccel.environment import environment, provenance
+from torchaccel.environment import environment
+from torchaccel.provenance import provenance
 json.dump({**provenance(), "environment": environment().to_dict()}, open(sys.argv[1], "w"))'
 part environment "$python" -c "$describe" "$work/environment.json"
 part tests "$python" -m pytest tests/gpu -p no:cacheprovider --junitxml "$work/tests.xml"

@@ -21,6 +21,7 @@ from rich.console import Console
 
 # the package re-exports a function of the same name, so that `import torchaccel.environment as ...` may give that
 environment = importlib.import_module("torchaccel.environment")
+provenance = importlib.import_module("torchaccel.provenance")
 
 MODULES = ("torch_tensorrt", "tensorrt", "tensorrt_rtx")
 OPEN_DRIVER = (
@@ -224,15 +225,15 @@ def test_driver_version_from_nvidia_smi(nvidia_smi: Callable[[str], Path]) -> No
 
 
 def test_a_failing_or_hanging_command_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment._run("sh", "-c", "echo text; exit 3") is None
-    assert environment._run("/no/such/command") is None
+    assert environment.run_tool("sh", "-c", "echo text; exit 3") is None
+    assert environment.run_tool("/no/such/command") is None
 
     def hang(*args: Any, **kwargs: Any) -> None:
         assert kwargs["timeout"] <= 10
         raise subprocess.TimeoutExpired(args[0], kwargs["timeout"])
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert environment._run("sleep", "60") is None
+    assert environment.run_tool("sleep", "60") is None
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,14 +564,14 @@ def test_the_tables_keep_commands_whole(site: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_gpu_state(monkeypatch: pytest.MonkeyPatch, nvidia_smi: Callable[[str], Path], tmp_path: Path) -> None:
-    assert environment.gpu_state(0) == {}
+    assert provenance.gpu_state(0) == {}
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment.gpu_state(0) == {}  # no nvidia-smi at all
+    assert provenance.gpu_state(0) == {}  # no nvidia-smi at all
     monkeypatch.setenv("PATH", os.defpath)
     log = nvidia_smi("1980, 3201, 41, 120.50, [N/A]")
     fake_gpu(monkeypatch)
     expected = {"sm_clock_mhz": 1980.0, "memory_clock_mhz": 3201.0, "temperature_c": 41.0, "power_w": 120.5}
-    assert environment.gpu_state(0) == expected
+    assert provenance.gpu_state(0) == expected
     # by UUID: nvidia-smi's own count ignores CUDA_VISIBLE_DEVICES
     assert log.read_text().split()[0] == "--id=GPU-1234-abcd"
 
@@ -585,12 +586,12 @@ def git(folder: Path, *arguments: str) -> str:
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A copy of the package, with folders that sort differently in git, a __pycache__ and an empty folder."""
     copy = tmp_path / "checkout" / "torchaccel"
-    shutil.copytree(Path(environment.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(provenance.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("a/b.py", "a.py", "a0.py", "__pycache__/a.pyc"):
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("")
     (copy / "empty").mkdir()
-    monkeypatch.setattr(environment, "__file__", str(copy / "environment.py"))
+    monkeypatch.setattr(provenance, "__file__", str(copy / "provenance.py"))
     return copy
 
 
@@ -599,29 +600,29 @@ def test_provenance_in_a_checkout(package: Path) -> None:
     git(package.parent, "init", "-q")
     git(package.parent, "add", "-A")
     git(package.parent, "commit", "-q", "-m", "x")
-    found = environment.provenance()
+    found = provenance.provenance()
     assert found["commit"] == git(package, "rev-parse", "HEAD")
     assert found["tree"] == git(package, "rev-parse", "HEAD:torchaccel")
     assert found["environment"]["torch"] == torch.__version__
     assert not {"components", "problems"} & set(found["environment"])
     (package / "a.py").write_text("edited")
-    assert environment.provenance()["tree"] != found["tree"]
+    assert provenance.provenance()["tree"] != found["tree"]
 
 
 def test_provenance_without_git(package: Path) -> None:
     git(package.parent, "init", "-q")
     git(package.parent, "commit", "-q", "--allow-empty", "-m", "x")
     (package / "a.py").write_text("edited")
-    before = environment.provenance()
+    before = provenance.provenance()
     assert before["commit"] is None  # in a checkout, of something else: the file is not tracked
     git(package.parent, "add", "torchaccel/[!_]*", "torchaccel/__init__.py", "torchaccel/__main__.py")
     assert before["tree"] == git(package.parent, "write-tree", "--prefix=torchaccel/")
     shutil.rmtree(package.parent / ".git")
-    assert environment.provenance() == before
+    assert provenance.provenance() == before
 
 
 def test_provenance_imports_nothing(site: Path) -> None:
     install(site, "tensorrt-rtx", "1.4.0.76", tensorrt_rtx="raise AssertionError")
-    assert environment.provenance()["environment"]["tensorrt_rtx"] == "1.4.0.76"
+    assert provenance.provenance()["environment"]["tensorrt_rtx"] == "1.4.0.76"
     assert "tensorrt_rtx" not in sys.modules
     assert environment._import_failure.cache_info().currsize == 0

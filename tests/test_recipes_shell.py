@@ -60,7 +60,6 @@ esac
 """
 FAKE_ENVIRONMENT = """
 from types import SimpleNamespace
-def provenance(): return {"environment": {}, "commit": "c0ffee", "tree": "7ree"}
 def environment(): return SimpleNamespace(to_dict=lambda: {"torch": "2.11.0", "problems": []})
 """
 JUNIT = """<testsuites><testsuite>
@@ -296,6 +295,8 @@ def checkout(machine: Machine) -> Path:
     (root / "torchaccel").mkdir()
     (root / "torchaccel" / "__init__.py").touch()
     (root / "torchaccel" / "environment.py").write_text(FAKE_ENVIRONMENT)
+    fake_provenance = 'def provenance(): return {"environment": {}, "commit": "c0ffee", "tree": "7ree"}'
+    (root / "torchaccel" / "provenance.py").write_text(fake_provenance)
     machine.settings["PYTHONPATH"] = str(root)
     machine.settings["FAKE_JUNIT"] = str(machine.folder / "junit.xml")
     machine.settings["FAKE_BENCHMARK"] = str(machine.folder / "benchmark.json")
