@@ -159,8 +159,6 @@ def driver_version() -> str | None:
             return match[1]
     printed = run_tool("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
     return printed.partition("\n")[0] or None
-        0
-    ] or None
 
 
 @functools.cache
