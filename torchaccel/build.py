@@ -1,6 +1,7 @@
 """From a call to a gated engine: reference, capture, build, load, CUDA graph, gate."""
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import nn
 
 from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.capture import capture, engine_input, resize_batch
-from torchaccel.errors import AccuracyError, BuildError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.gate import compare_outputs, reference, require, run_module
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
@@ -122,6 +123,13 @@ class Builder:
         gate = compare_outputs(outputs, built.outputs.computed(leaves), self.options.bound, batch)
         built.record.gates += (gate,)
         require(gate, built.backend.name, self.options.precision)
+        if any(output.is_zero for output in gate.outputs):
+            warnings.warn(
+                f"{type(self.module).__name__} returns next to nothing but zeros for these inputs, so comparing them "
+                f"with the engine's outputs proves little: build with real weights and real inputs.",
+                BackendWarning,
+                stacklevel=2,
+            )
 
     def _dtypes(
         self,

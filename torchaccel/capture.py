@@ -20,7 +20,10 @@ PREFIX = "module."
 
 @dataclass
 class Program:
-    """What was captured: flat tensors in, a tuple of tensors out, every operator in the precision it computes in."""
+    """What was captured: flat tensors in, a tuple of tensors out, every operator in the precision it computes in.
+
+    Its weights have shapes and dtypes but no values until `take_weights`.
+    """
 
     exported: ExportedProgram
     rules: dict[str, WeightRule]
@@ -50,9 +53,7 @@ class Program:
         self.channels_last = channels_last and self.convolutional
         self.rules = {name: replace(rule, channels_last=self.channels_last) for name, rule in self.rules.items()}
         for name, tensor in zip(self.rules, store.get(self.rules.values(), module), strict=True):
-            held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
-            is_parameter = isinstance(held[name], nn.Parameter)
-            held[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+            _put(self.exported, name, tensor)
 
 
 class _Found:
@@ -101,9 +102,12 @@ def capture(
         raise BuildError("the module returns no tensor for these inputs, so there is nothing to compile.")
     rules = weight_rules(exported, PREFIX)
     folded = fold_batch_norm(exported, rules)
+    rules = {name: rules[name] for name in (str(spec.target) for spec, _ in weight_nodes(exported))}
+    for name in rules:  # the prepared copy's, which the folded graph would read wrongly
+        _put(exported, name, _held(exported, name)[name].to("meta"))
     return Program(
         exported,
-        {name: rules[name] for name in (str(spec.target) for spec, _ in weight_nodes(exported))},
+        rules,
         outputs,
         examples,
         dynamic_batch,
@@ -172,6 +176,17 @@ def _export(
             f"torch.export could not capture {type(flat.module).__name__} {what}({type(error).__name__}): "
             f"{str(error).strip()}"
         ) from error
+
+
+def _held(exported: ExportedProgram, name: str) -> dict[str, Any]:
+    """Where a program keeps a weight: non-persistent buffers are among its constants."""
+    return exported.state_dict if name in exported.state_dict else exported.constants
+
+
+def _put(exported: ExportedProgram, name: str, tensor: torch.Tensor) -> None:
+    held = _held(exported, name)
+    is_parameter = isinstance(held[name], nn.Parameter)
+    held[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 
 def _cpu_autocast_off() -> torch.autocast:

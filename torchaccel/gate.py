@@ -107,7 +107,8 @@ def output_error(name: str, y: torch.Tensor, r: torch.Tensor, bound: float) -> O
     norm = torch.where(agree, r, 0).norm().item()
     floor = FLOOR_RMS * r.numel() ** 0.5
     relative = difference.norm().item() / max(norm, floor)
-    return OutputError(name, shape, relative, difference.abs().max().item(), _where_not_finite(y, r, same), bound)
+    where = _where_not_finite(y, r, same)
+    return OutputError(name, shape, relative, difference.abs().max().item(), where, bound, is_zero=norm <= floor)
 
 
 def _where_not_finite(y: torch.Tensor, r: torch.Tensor, same: torch.Tensor) -> str:

@@ -18,7 +18,8 @@ class OutputError:
     """How one output of an engine differs from the module's.
 
     Floating outputs have `relative_error` = ‖y−r‖/‖r‖ and `max_abs_error`; for integers and booleans `relative_error`
-    is the fraction of elements that differ. `not_finite` says where only one of the two is finite.
+    is the fraction of elements that differ. `not_finite` says where only one of the two is finite, and `is_zero` that
+    the module's output is so near zero that the comparison says little.
     """
 
     name: str
@@ -27,6 +28,7 @@ class OutputError:
     max_abs_error: float
     not_finite: str
     bound: float
+    is_zero: bool = False
 
     @property
     def passed(self) -> bool:

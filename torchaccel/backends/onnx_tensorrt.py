@@ -66,9 +66,15 @@ def export(program: Program) -> Any:
     import onnx_ir.passes.common as onnx_passes
     import onnxscript.optimizer
 
+    names: dict[str, Any] = {
+        "input_names": [f"input_{index}" for index in range(len(program.inputs))],
+        "output_names": [f"output_{index}" for index in range(len(program.exported.graph_signature.user_outputs))],
+    }
     try:
         with quiet():
-            exported = torch.onnx.export(program.exported, program.inputs, dynamo=True, optimize=False, verbose=False)
+            exported = torch.onnx.export(
+                program.exported, program.inputs, dynamo=True, optimize=False, verbose=False, **names
+            )
     except Exception as error:
         raise BuildError(f"torch.onnx could not export the program: {_root_cause(error)}") from error
     assert exported is not None
@@ -81,6 +87,7 @@ def export(program: Program) -> Any:
     )
     onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     onnx_passes.RemoveUnusedNodesPass()(model)
+    onnx_passes.ClearMetadataAndDocStringPass()(model)  # stack traces, with the paths of this machine
     return model
 
 
