@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -22,6 +22,7 @@ NAMES = {
     "compile": "torch.compile",
     "torch_tensorrt": "Torch-TensorRT",
 }
+COMPILE_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile on a GPU; the second takes minutes a shape
 Run = tuple[Callable[[], Tensor], Callable[[], object] | None]
 
 
@@ -30,7 +31,14 @@ def names_for(device: torch.device) -> tuple[str, ...]:
     return tuple(NAMES) if device.type == "cuda" else ("eager", "compile")
 
 
-def build(peer: str, module: nn.Module, precision: str, images: Tensor, stay: ExitStack) -> Candidate:
+def build(  # noqa: PLR0917
+    peer: str,
+    module: nn.Module,
+    precision: str,
+    images: Tensor,
+    stay: ExitStack,
+    modes: Sequence[str] = COMPILE_MODES,
+) -> Candidate:
     """A peer's fastest variant on `images`; what makes a variant or the whole peer fail is said in the row.
 
     `stay` closes what has to stay open while the peer is measured.
@@ -43,7 +51,7 @@ def build(peer: str, module: nn.Module, precision: str, images: Tensor, stay: Ex
         return candidate
     tried: list[str] = []
     started, best = time.perf_counter(), float("inf")
-    for variant, make in _variants(peer, images.device):
+    for variant, make in _variants(peer, images.device, modes):
         try:
             with _state(precision), noting([]):
                 run = make(*_prepared(module, precision, images, variant), stay)
@@ -101,12 +109,12 @@ def _prepared(module: nn.Module, precision: str, images: Tensor, variant: str) -
         return copied, images.to(dtype=dtype, memory_format=layout)
 
 
-def _variants(peer: str, device: torch.device) -> Iterator[tuple[str, Callable[..., Run]]]:
+def _variants(peer: str, device: torch.device, modes: Sequence[str]) -> Iterator[tuple[str, Callable[..., Run]]]:
     layouts = ("channels-last", "contiguous")
     if peer in ("eager", "graph"):
         yield from ((layout, _eager if peer == "eager" else _graph) for layout in layouts)
     elif peer == "compile":
-        for mode in ("reduce-overhead", "max-autotune") if device.type == "cuda" else ("default",):
+        for mode in modes if device.type == "cuda" else ("default",):
             yield f"{mode}, frozen, channels-last", partial(_compiled, mode)
     else:
         yield "its own CUDA graphs", _torch_tensorrt

@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dynamic-batch", action="store_true", help="one engine for all batches, instead of one for each")
     add("--json", type=Path, metavar="PATH", help="where the result file goes")
     add("--peers", nargs="*", choices=tuple(peers.NAMES), help="measure the rivals beside it: all, or these")
+    modes = f"torch.compile's modes among the peers ({' '.join(peers.COMPILE_MODES)})"
+    add("--compile-modes", nargs="+", choices=peers.COMPILE_MODES, default=peers.COMPILE_MODES, help=modes)
     return parser
 
 
@@ -102,6 +104,7 @@ def _plan(given: argparse.Namespace) -> Plan:
         runs=given.runs,
         backend=given.backend,
         peers=rivals,
+        compile_modes=tuple(given.compile_modes),
         dynamic_batch=(min(batches), max(batches), max(batches)) if given.dynamic_batch else None,
     )
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import torchaccel
 from benchmarks import peers
 from benchmarks.candidates import Candidate, baseline, check, noting, ours, refusal, relate, row, strict
+from benchmarks.peers import COMPILE_MODES
 from benchmarks.results_file import document
 from benchmarks.table import conclusion, label, number
 from torchaccel.provenance import gpu_state
@@ -39,6 +40,7 @@ class Plan:
     runs: int
     backend: str = "auto"
     peers: tuple[str, ...] = ()
+    compile_modes: tuple[str, ...] = COMPILE_MODES
     dynamic_batch: tuple[int, int, int] | None = None
 
 
@@ -91,10 +93,11 @@ def _built(plan: Plan, module: nn.Module, images: dict[int, Tensor], stay: ExitS
             label = f"building {precision}, batch {batch}"
             yield label, lambda p=precision, c=compiled, x=images[batch]: _own(plan, module, p, c, x)
     for peer in plan.peers:
+        make = partial(peers.build, peer, module, stay=stay, modes=plan.compile_modes)
         for precision in plan.precisions:
             for batch in plan.batches:
                 label = f"building {peers.NAMES[peer]}, {precision}, batch {batch}"
-                yield label, lambda a=peer, p=precision, x=images[batch]: [peers.build(a, module, p, x, stay)]
+                yield label, lambda make=make, p=precision, x=images[batch]: [make(p, x)]
 
 
 def _compile(plan: Plan, module: nn.Module, precision: str) -> nn.Module:
