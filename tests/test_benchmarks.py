@@ -417,11 +417,11 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch):
         return lambda: module(images), None
 
     module, images = torch.nn.Conv2d(3, 2, 1).eval(), torch.randn(1, 3, 8, 8)
-    monkeypatch.setattr(peers, "_variants", lambda peer, device: [("one", fails)])
+    monkeypatch.setattr(peers, "_variants", lambda peer, device, modes: [("one", fails)])
     failed = peers.build("eager", module, "fp32", images, None)
     assert failed.call is None
     assert failed.reason == "one: RuntimeError: out of patience"
-    monkeypatch.setattr(peers, "_variants", lambda peer, device: [("one", fails), ("two, channels-last", works)])
+    monkeypatch.setattr(peers, "_variants", lambda peer, device, modes: [("one", fails), ("two, channels-last", works)])
     with torch.no_grad():
         half = peers.build("eager", module, "bf16", images, None)
         assert half.call().dtype is torch.bfloat16
@@ -438,7 +438,7 @@ def test_the_fastest_variant_of_a_peer_is_the_one_that_stays(monkeypatch):
         return lambda module, images, stay: (lambda: time.sleep(seconds) or images, None)
 
     variants = [("slow", takes(0.05)), ("quick", takes(0.001)), ("slower", takes(0.1))]
-    monkeypatch.setattr(peers, "_variants", lambda peer, device: variants)
+    monkeypatch.setattr(peers, "_variants", lambda peer, device, modes: variants)
     built = peers.build("eager", torch.nn.Conv2d(3, 2, 1).eval(), "fp32", torch.randn(1, 3, 8, 8), None)
     assert built.variant == "quick"
     assert all(name in built.notes[0] for name in ("slow: ", "quick: ", "slower: "))
