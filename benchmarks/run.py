@@ -24,7 +24,7 @@ from torchaccel.provenance import gpu_state
 from torchaccel.timing import Comparison, compare, measure
 
 SEED = 0
-CPU_TOTAL_S, CPU_SAMPLING_S = 100.0, 20.0  # so that two slow cores are done within two minutes
+CPU_TOTAL_S, CPU_SAMPLING_S = 75.0, 15.0  # so that two slow cores are done within two minutes
 
 
 @dataclass(frozen=True)
