@@ -122,6 +122,10 @@ class CompiledModule(nn.Module):
                 stacklevel=5,
             )
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles hold the module and the options; engines are built anew, where they are used."""
+        return _remade, (self._state.remake, self._state.module, self.training)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -137,3 +141,7 @@ class CompiledModule(nn.Module):
     def __repr__(self) -> str:
         options = self._state.options
         return f"CompiledModule(precision={options.precision!r}, backend={options.backend!r}, module={self.module!r})"
+
+
+def _remade(remake: Callable[[nn.Module], nn.Module], module: nn.Module, training: bool) -> nn.Module:
+    return remake(module).train(training)

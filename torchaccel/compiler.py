@@ -1,5 +1,6 @@
 """compile(): options are validated, a backend is chosen, and the module comes back as a drop-in."""
 
+import functools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -89,23 +90,24 @@ def compile(
     >>> model.report().calls_by_engine
     1
     """
-    options = make_options(
-        precision,
-        device,
-        keep_fp32,
-        dynamic_batch,
-        backend=backend,
-        fallback=fallback,
-        tolerance=tolerance,
-        partial=partial,
-        cuda_graph=cuda_graph,
-        max_runners=max_runners,
-        on_weight_change=on_weight_change,
-        check_weights_every=check_weights_every,
-        objective=objective,
-        race_budget_s=race_budget_s,
-        cache_dir=cache_dir,
-    )
+    arguments: dict[str, Any] = {
+        "precision": precision,
+        "backend": backend,
+        "fallback": fallback,
+        "dynamic_batch": dynamic_batch,
+        "device": device,
+        "tolerance": tolerance,
+        "keep_fp32": keep_fp32,
+        "partial": partial,
+        "cuda_graph": cuda_graph,
+        "max_runners": max_runners,
+        "on_weight_change": on_weight_change,
+        "check_weights_every": check_weights_every,
+        "objective": objective,
+        "race_budget_s": race_budget_s,
+        "cache_dir": cache_dir,
+    }
+    options = make_options(**arguments)
     _check_module(module, options)
     target = _device(module, options)
     chosen, reason = choose(options, target)
@@ -117,7 +119,8 @@ def compile(
         module.to(target)
     report = Report(type(module).__name__, precision, describe_device(target), backend, chosen.name, reason)
     builder = Builder(module, options, backends, WeightStore())
-    model = CompiledModule(State(module, options, target, builder, report, Pool(target)))
+    remake = functools.partial(compile, **arguments | {"keep_fp32": options.keep_fp32})
+    model = CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
     if inputs is not None:
         args, kwargs = read_batch(inputs)
         model.runner_for(*args, **kwargs)

@@ -137,6 +137,10 @@ class Report:
         `build_ms` (export, build and load), `first_call_ms` and `relative_error`.
         """
         plain = dataclasses.asdict(self)
+        for engine, record in zip(plain["engines"], self.engines, strict=True):
+            if record.coverage is not None:  # asdict counts a Counter's items anew
+                engine["coverage"]["inside"] = dict(record.coverage.inside)
+                engine["coverage"]["outside"] = dict(record.coverage.outside)
         newest = self.engines[-1] if self.engines else None
         plain["build_ms"] = newest.export_ms + newest.build_ms + newest.load_ms if newest else None
         plain["first_call_ms"] = newest.first_call_ms if newest else None

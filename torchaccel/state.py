@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class State:
     build: Builder
     report: Report
     pool: Pool
+    remake: Callable[[nn.Module], nn.Module]  # compiles another module with the same options
     built: dict[Any, Built] = field(default_factory=dict)
     runners: "OrderedDict[Any, Runner]" = field(default_factory=OrderedDict)
     stale: str = ""
