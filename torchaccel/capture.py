@@ -1,15 +1,18 @@
 """torch.export: a program out of a module and one call's arguments."""
 
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 
-from torchaccel.errors import BuildError, InputError, TorchAccelError
+from torchaccel.errors import BackendWarning, BuildError, InputError, TorchAccelError
 from torchaccel.precision import Precision
 from torchaccel.prepare import fold_batch_norm, prepare, weight_nodes, weight_rules
 from torchaccel.signature import Call, OutputSpec, split_outputs
@@ -56,6 +59,14 @@ class Program:
             _put(self.exported, name, tensor)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep from the caller what libraries warn of while they build: their deprecations, and advice on TF32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class _Found:
     """What tracing learns besides the graph; torch.export undoes writes to the module's own attributes."""
 
@@ -95,11 +106,12 @@ def capture(
         examples = tuple(engine_input(tensor, precision.dtype) for tensor in tensors)
         batched = batched_inputs(examples) if dynamic_batch else (False,) * len(examples)
         if dynamic_batch:
-            examples = resize_batch(examples, batched, max(2, dynamic_batch[1]))
+            examples = resize_batch(examples, batched, max(min(2, dynamic_batch[2]), dynamic_batch[1]))
         exported = _export(flat, examples, batched, dynamic_batch)
     outputs = flat.found.outputs
     if outputs is None or not exported.graph_signature.user_outputs:
         raise BuildError("the module returns no tensor for these inputs, so there is nothing to compile.")
+    _warn_of_loose_tensors(exported, module)
     rules = weight_rules(exported, PREFIX)
     folded = fold_batch_norm(exported, rules)
     rules = {name: rules[name] for name in (str(spec.target) for spec, _ in weight_nodes(exported))}
@@ -115,6 +127,28 @@ def capture(
         folded=folded,
         operators=count_operators(exported.graph),
     )
+
+
+def _warn_of_loose_tensors(exported: ExportedProgram, module: nn.Module) -> None:
+    """A tensor that is a plain attribute is a constant of the engine: say so, since the module may change it."""
+    specs = exported.graph_signature.input_specs
+    names = [str(spec.target).removeprefix(PREFIX) for spec in specs if spec.kind is InputKind.CONSTANT_TENSOR]
+    loose = [name for name in names if _is_attribute(module, name)]
+    if loose:
+        warnings.warn(
+            f"{type(module).__name__} computes with tensors that are neither parameters nor buffers "
+            f"({', '.join(loose)}): engines keep the values of now. Use register_buffer to have later changes followed.",
+            BackendWarning,
+            stacklevel=2,
+        )
+
+
+def _is_attribute(module: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return isinstance(getattr(module.get_submodule(owner), leaf, None), torch.Tensor)
+    except AttributeError:
+        return False
 
 
 def engine_input(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -163,11 +197,12 @@ def _export(
     dynamic_batch: tuple[int, int, int] | None,
 ) -> ExportedProgram:
     shapes: Any = None
-    if dynamic_batch:
+    if dynamic_batch and dynamic_batch[0] < dynamic_batch[2]:
         batch = Dim("batch", min=dynamic_batch[0], max=dynamic_batch[2])
         shapes = (tuple({0: batch} if is_batched else None for is_batched in batched),)
     try:
-        return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
+        with quiet():
+            return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
     except TorchAccelError:
         raise
     except Exception as error:

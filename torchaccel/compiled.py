@@ -56,7 +56,7 @@ class CompiledModule(nn.Module):
         if torch.is_grad_enabled():
             if any(tensor.requires_grad for tensor in call.tensors):
                 return self._run_module(args, kwargs)
-            if not state.warned_of_gradients:
+            if not state.warned_of_gradients and state.watch.is_trainable():
                 self._warn_of_gradients()
         if any(tensor.numel() == 0 for tensor in call.tensors):
             return self._run_module(args, kwargs)
@@ -114,17 +114,17 @@ class CompiledModule(nn.Module):
 
     def _warn_of_gradients(self) -> None:
         self._state.warned_of_gradients = True
-        if any(parameter.requires_grad for parameter in self._state.module.parameters()):
-            warnings.warn(
-                "gradients are enabled, and engines compute none: no gradient will flow to the module's parameters. "
-                "Call under torch.no_grad() or torch.inference_mode(), or train() to run the module itself.",
-                BackendWarning,
-                stacklevel=5,
-            )
+        warnings.warn(
+            "gradients are enabled, and engines compute none: no gradient will flow to the module's parameters. "
+            "Call under torch.no_grad() or torch.inference_mode(), or train() to run the module itself.",
+            BackendWarning,
+            stacklevel=5,
+        )
 
     def __reduce__(self) -> Any:
         """Copies and pickles hold the module and the options; engines are built anew, where they are used."""
-        return _remade, (self._state.remake, self._state.module, self.training)
+        module = self._state.module
+        return _remade, (self._state.remake, module, [child.training for child in module.modules()])
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -143,5 +143,8 @@ class CompiledModule(nn.Module):
         return f"CompiledModule(precision={options.precision!r}, backend={options.backend!r}, module={self.module!r})"
 
 
-def _remade(remake: Callable[[nn.Module], nn.Module], module: nn.Module, training: bool) -> nn.Module:
-    return remake(module).train(training)
+def _remade(remake: Callable[[nn.Module], nn.Module], module: nn.Module, modes: list[bool]) -> nn.Module:
+    model = remake(module)
+    for child, mode in zip(module.modules(), modes, strict=True):
+        child.training = mode
+    return model

@@ -49,6 +49,7 @@ def compile(
     objective: str = "latency",
     race_budget_s: float | None = None,
     cache_dir: str | PathLike[str] | None = None,
+    **unknown: Any,
 ) -> CompiledModule:
     """Make `module` run fast: a drop-in that computes what the module does, through a checked engine.
 
@@ -75,6 +76,7 @@ def compile(
         objective: what a race decides by; "latency".
         race_budget_s: how long a race may take; there is none yet.
         cache_dir: where plans are kept between processes; there is no such cache yet.
+        unknown: nothing; any other name is answered with the ones that come close.
 
     Raises:
         OptionError: an argument is wrong; the message lists what is allowed.
@@ -106,6 +108,7 @@ def compile(
         "objective": objective,
         "race_budget_s": race_budget_s,
         "cache_dir": cache_dir,
+        **unknown,
     }
     options = make_options(**arguments)
     _check_module(module, options)

@@ -59,7 +59,11 @@ def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) ->
             raise BuildError(
                 f"the module writes to its input {index}, which an engine does not; make it work on a copy."
             )
-    written = [name for name, version in versions.items() if buffers[name]._version != version]
+    after = dict(module.named_buffers())
+    written = []
+    for name, buffer in buffers.items():
+        if after.get(name) is not buffer or buffer._version != versions[name]:
+            written.append(name)
     if written:
         raise BuildError(f"the module writes to its buffers in eval mode ({', '.join(written)}); an engine would not.")
     return Reference(tuple(leaves), spec, clones)

@@ -112,7 +112,7 @@ def _device(device: Any) -> torch.device | None:
         return None
     try:
         parsed = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise OptionError(f"device={device!r}: allowed are None, 'cpu', 'cuda' and 'cuda:N'.") from error
     if parsed.type not in ("cpu", "cuda"):
         raise OptionError(f"device={device!r}: allowed are None, 'cpu', 'cuda' and 'cuda:N'.")
@@ -128,9 +128,13 @@ def _device(device: Any) -> torch.device | None:
 
 
 def _names(keep_fp32: Any) -> tuple[str, ...]:
-    if isinstance(keep_fp32, str) or not isinstance(keep_fp32, Iterable):
-        raise OptionError(f"keep_fp32={keep_fp32!r}: give a list of submodule names, such as ['layer4', 'fc'].")
-    names = tuple(keep_fp32)
+    allowed = "give a list of submodule names, such as ['layer4', 'fc']"
+    if isinstance(keep_fp32, str):
+        raise OptionError(f"keep_fp32={keep_fp32!r}: {allowed}.")
+    try:
+        names = tuple(keep_fp32)
+    except TypeError as error:
+        raise OptionError(f"keep_fp32={keep_fp32!r}: {allowed}.") from error
     if not all(isinstance(name, str) for name in names):
         raise OptionError(f"keep_fp32={keep_fp32!r}: every item must be the name (str) of a submodule.")
     return names
@@ -138,9 +142,11 @@ def _names(keep_fp32: Any) -> tuple[str, ...]:
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
-    if isinstance(value, str) and value in allowed:
+    is_name = isinstance(value, str)
+    if is_name and value in allowed:
         return
-    later = " It belongs to the race, which is not there yet." if value in NOT_THERE_YET.get(name, ()) else ""
+    is_later = is_name and value in NOT_THERE_YET.get(name, ())
+    later = " It belongs to the race, which is not there yet." if is_later else ""
     raise OptionError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}.{later}")
 
 
@@ -155,7 +161,7 @@ def _is_count(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and value > 0 and math.isfinite(value)
+    return is_number and 0 < value < math.inf
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

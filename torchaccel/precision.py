@@ -1,7 +1,7 @@
 """The precisions: one row each, and the TF32 state of the process, which two of them depend on."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,25 +38,67 @@ _state_lock = threading.RLock()
 
 @contextmanager
 def tf32_state(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in PyTorch's matrix products and convolutions, and restore what was there before.
+    """Allow or forbid TF32 in PyTorch's matrix products and convolutions, and restore exactly what was there before.
 
     The state belongs to the process: a lock keeps two builds, or two engines without a graph, from mixing theirs.
-    PyTorch's own code (torch.export among it) reads the older flags, so those are set; where the caller has set the
-    newer ones, operator by operator, the older cannot be read, and the newer are restored one by one.
     """
-    cuda: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
     with _state_lock:
-        try:
-            before = cuda.allow_tf32, cudnn.allow_tf32
-        except RuntimeError:
-            before = None
-        exact = cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-        cuda.allow_tf32 = cudnn.allow_tf32 = allowed
+        before = _take_state()
+        torch.backends.cuda.matmul.allow_tf32 = allowed  # torch.export and others read these older flags
+        torch.backends.cudnn.allow_tf32 = allowed
         try:
             yield
         finally:
-            if before is not None:
-                cuda.allow_tf32, cudnn.allow_tf32 = before
-            else:
-                cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = exact
+            _restore_state(before)
+
+
+# Of matrix products, convolutions, recurrent networks and the CPU's matrix products.
+_AGREEING = (("ieee", "ieee", "ieee", "ieee"), ("tf32", "tf32", "tf32", "tf32"), ("tf32", "tf32", "tf32", "bf16"))
+
+
+def _take_state() -> tuple[Any, ...]:
+    """The older flags and the newer settings; what the newer inherit is set to nothing.
+
+    PyTorch has two sets of settings that write to each other. The older cannot be read while they disagree, and the
+    newer read as inherited from the general ones wherever those are set.
+    """
+    backends: Any = torch.backends
+    general = backends.fp32_precision, backends.cudnn.fp32_precision
+    backends.fp32_precision = backends.cudnn.fp32_precision = "none"
+    places = _places()
+    own = [place.fp32_precision for place in places]
+    older: list[Any] = [None, None]
+    for values in (own, *_AGREEING):  # the older flags are readable beside newer settings that agree with them
+        for place, value in zip(places, values, strict=True):
+            place.fp32_precision = value
+        reads = (torch.get_float32_matmul_precision, lambda: backends.cudnn.allow_tf32)
+        older = [_readable(read) if was is None else was for was, read in zip(older, reads, strict=True)]
+        if None not in older:
+            break
+    return older, general, own
+
+
+def _restore_state(before: tuple[Any, ...]) -> None:
+    (matmul, cudnn), (general, cudnn_general), own = before
+    backends: Any = torch.backends
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
+    if cudnn is not None:
+        backends.cudnn.allow_tf32 = cudnn
+    for place, value in zip(_places(), own, strict=True):
+        place.fp32_precision = value
+    backends.fp32_precision = general
+    if cudnn_general != general:
+        backends.cudnn.fp32_precision = cudnn_general
+
+
+def _places() -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:
+        return None

@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
-from torchaccel.weights import WeightRule
+from torchaccel.errors import BuildError
+from torchaccel.weights import WeightRule, module_tensors
 
 aten = torch.ops.aten
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -35,7 +36,14 @@ def prepare(module: nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()
         memo[id(parameter)] = nn.Parameter(_cast(name, parameter, dtype, kept), requires_grad=False)
     for name, buffer in module.named_buffers(remove_duplicate=False):
         memo[id(buffer)] = _cast(name, buffer, dtype, kept)
-    prepared = copy.deepcopy(module, memo).eval()
+    try:
+        prepared = copy.deepcopy(module, memo).eval()
+    except Exception as error:
+        raise BuildError(
+            f"{type(module).__name__} cannot be copied, and engines are built from a copy ({error}): keep what cannot "
+            f"be copied out of its attributes."
+        ) from error
+    _untie(module, prepared, dtype, kept)
     for hooks in (prepared._forward_hooks, prepared._forward_pre_hooks, prepared._backward_hooks):
         hooks.clear()
     outermost = [name for name in keep_fp32 if not any(name.startswith(other) for other in kept)]
@@ -44,14 +52,34 @@ def prepare(module: nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()
     return prepared
 
 
+def _untie(module: nn.Module, prepared: nn.Module, dtype: torch.dtype, kept: set[str]) -> None:
+    """Give a tensor that has several places a copy of its own where it is to have another dtype than elsewhere."""
+    for name, tensor in module_tensors(module).items():
+        owner, _, leaf = name.rpartition(".")
+        place = prepared.get_submodule(owner)
+        if getattr(place, leaf).dtype == _dtype(name, tensor, dtype, kept):
+            continue
+        own = _cast(name, tensor, dtype, kept)
+        if isinstance(tensor, nn.Parameter):
+            place._parameters[leaf] = nn.Parameter(own, requires_grad=False)
+        else:
+            place._buffers[leaf] = own
+
+
 def cast_tree(tree: Any, dtype: torch.dtype) -> Any:
     """Every floating tensor of a pytree in `dtype`; the rest as it is."""
     return pytree.tree_map(lambda leaf: leaf.to(dtype) if _floats(leaf) else leaf, tree)
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, kept: set[str]) -> torch.Tensor:
-    target = torch.float32 if any(name.startswith(prefix) for prefix in kept) else dtype
-    return tensor.detach().to(target if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return tensor.detach().to(_dtype(name, tensor, dtype, kept), copy=True)
+
+
+def _dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, kept: set[str]) -> torch.dtype:
+    """The dtype that the prepared copy's tensor of that name is to have."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if any(name.startswith(prefix) for prefix in kept) else dtype
 
 
 def _border(module: nn.Module, inside: torch.dtype, outside: torch.dtype) -> None:
@@ -106,6 +134,8 @@ def _fold(graph: fx.Graph, norm: fx.Node, targets: dict[fx.Node, str], rules: di
     vectors = [node for node in (bias, beta, mean, gamma, variance) if node is not None]
     own = [node for node in (weight, *vectors) if node in targets]
     if len(own) != 1 + len(vectors) or len(weight.users) != 1:  # a computed or shared weight
+        return False
+    if any(rules[targets[node]].function != "cast" for node in own):  # folded into already
         return False
     slot = next((node for node in vectors if len(node.users) == 1), None)
     if slot is None or conv.meta["val"].dtype != norm.meta["val"].dtype:

@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 # Values that an engine may bake in: immutable, and equal only when they mean the same.
 _PYTHON = (int, float, complex, bool, str, bytes, type(None), enum.Enum, slice)
-_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size)
 PLAIN: tuple[type, ...] = (*_PYTHON, *_TORCH)
 
 
@@ -71,7 +71,7 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     The key holds the nesting, each tensor's shape, dtype and device type, each other value with its type, and the
     state of autocast, which decides the dtypes that the module would return.
     """
-    if not kwargs and len(args) == 1 and type(args[0]) is torch.Tensor:  # the common call, without the walk
+    if not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):  # the common call, without the walk
         (x,) = args
         autocast = _autocast_key()
         return Call((x,), (x.shape, x.dtype, x.device.type, autocast), _SINGLE, (HOLE,), autocast)
@@ -83,7 +83,7 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         for leaf in leaves
     )
     autocast = _autocast_key()
-    return Call(tensors, (described, repr(spec), autocast), spec, template, autocast)
+    return Call(tensors, (described, spec, autocast), spec, template, autocast)
 
 
 def _constant_key(value: Any) -> tuple[Any, ...]:
@@ -92,7 +92,11 @@ def _constant_key(value: Any) -> tuple[Any, ...]:
             f"an input holds a {type(value).__qualname__}, which is neither a tensor nor a plain value: an engine "
             f"would keep the first one for ever. Pass tensors (torch.as_tensor for arrays), numbers, strings, or None."
         )
-    return type(value), repr(value) if isinstance(value, float) else value  # nan != nan, and 0.0 == -0.0
+    if isinstance(value, float | complex):
+        return type(value), repr(value)  # nan != nan, and 0.0 == -0.0
+    if isinstance(value, slice):  # no dictionary takes it as a key before Python 3.12
+        return (slice, *map(_constant_key, (value.start, value.stop, value.step)))
+    return type(value), value
 
 
 def _autocast_key() -> tuple[Any, ...] | None:

@@ -41,7 +41,7 @@ class State:
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
-        self._watch = WeightWatch(self.module)
+        self.watch = WeightWatch(self.module)
 
     def find(self, call: Call) -> Runner:
         """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
@@ -59,12 +59,10 @@ class State:
             started = time.perf_counter()
             tensors = self._on_device(call)
             key = self._plan_key(call)
-            if not self.built:  # nothing holds older weights: those of now are the ones to watch
-                self.build.store.clear()
-                self._watch.accept()
             if key in self.built:
                 runner = self.built[key].runner(tensors, self.pool, self.options.cuda_graph)
             else:
+                self._take_weights_of_now()
                 built, runner = self.build(call, tensors, self.pool)
                 self.pool.synchronize()
                 built.record.first_call_ms = (time.perf_counter() - started) * 1e3
@@ -73,17 +71,28 @@ class State:
                 self.report.backend = built.backend.name
                 self.report.engines.append(built.record)
                 if self._prints is None:
-                    self._prints = self._watch.fingerprint()
+                    self._prints = self.watch.fingerprint()
             runner.plan_key = key
             self.runners[call.key] = runner
             while len(self.runners) > self.options.max_runners:
                 self.runners.popitem(last=False)
             return runner
 
+    def _take_weights_of_now(self) -> None:
+        """Before a build, which reads the weights as they are: engines that are there must have the same."""
+        if not self.built:  # nothing holds older ones: those of now are the ones to watch
+            self.build.store.clear()
+            self.watch.accept()
+        elif self.watch.changed() or self.watch.fingerprint() != self._prints:
+            self._take_change("a change that was found at a build")
+
     def _on_device(self, call: Call) -> list[torch.Tensor]:
         if not call.tensors:
             raise InputError("the call has no tensor among its arguments, so there is nothing to run an engine on.")
         for index, tensor in enumerate(call.tensors):
+            if tensor.layout is not torch.strided:
+                layout = str(tensor.layout).removeprefix("torch.")
+                raise InputError(f"input {index} is {layout}; engines take dense (strided) tensors: use .to_dense().")
             if tensor.device.type != "cpu" and tensor.device != self.device:
                 raise InputError(
                     f"input {index} is on {tensor.device}, and the model on {self.device}: move one of them with .to()."
@@ -102,7 +111,7 @@ class State:
             )
         batched = batched_inputs(call.tensors)
         shapes = tuple((t.shape[1:] if b else t.shape, t.dtype, b) for t, b in zip(call.tensors, batched, strict=True))
-        return shapes, repr(call.template), repr(call.spec), call.autocast
+        return shapes, repr(call.template), call.spec, call.autocast
 
     def check_weights(self) -> None:
         """Act on a change of the module's weights that PyTorch tracks, and at times look for those that it does not."""
@@ -110,7 +119,7 @@ class State:
             return
         if self.stale:
             raise StaleWeightsError(self.stale)
-        if self._watch.changed():
+        if self.watch.changed():
             self._take_change()
         every = self.options.check_weights_every
         if every is not None:
@@ -121,14 +130,14 @@ class State:
     def check_untracked(self) -> None:
         """Compare the fingerprint of the weights with that of the last refresh; waits for the device."""
         self._calls_since_check = 0
-        if self.options.on_weight_change == "ignore" or self._prints is None or self._watch.structure_changed():
+        if self.options.on_weight_change == "ignore" or self._prints is None or self.watch.structure_changed():
             return
-        if self._watch.fingerprint() != self._prints:
+        if self.watch.fingerprint() != self._prints:
             self._take_change("a write that PyTorch does not track")
 
     def _take_change(self, what: str = "") -> None:
         with self._lock:
-            if not what and not self._watch.changed():
+            if not what and not self.watch.changed():
                 return  # another thread has taken it meanwhile
             if self.options.on_weight_change == "raise":
                 self.stale = (
@@ -143,7 +152,7 @@ class State:
         with self._lock:
             started = time.perf_counter()
             self.stale = ""
-            if self._watch.structure_changed():
+            if self.watch.structure_changed():
                 self._drop_all()
             else:
                 with self.pool.turn():
@@ -153,8 +162,8 @@ class State:
                     del self.runners[key]
             if what:
                 self.report.events.append(f"refreshed after {what}")
-            self._watch.accept()
-            self._prints = self._watch.fingerprint() if self.built else None
+            self.watch.accept()
+            self._prints = self.watch.fingerprint() if self.built else None
             self.pool.synchronize()
             self.report.refreshes += 1
             self.report.refresh_ms = (time.perf_counter() - started) * 1e3

@@ -97,9 +97,10 @@ class WeightStore:
     def get(self, rules: Iterable[WeightRule], module: torch.nn.Module) -> list[torch.Tensor]:
         """The tensor of each rule, computed where it is not held yet."""
         tensors = module_tensors(module)
-        for rule in rules:
-            if rule not in self._held:
-                self._held[rule] = rule.compute(tensors)
+        with torch.inference_mode(False):  # so that they can be refreshed outside it
+            for rule in rules:
+                if rule not in self._held:
+                    self._held[rule] = rule.compute(tensors)
         return [self._held[rule] for rule in rules]
 
     @torch.no_grad()
@@ -211,9 +212,14 @@ class WeightWatch:
         if not self._tensor_ids.isdisjoint(stepped):
             self._stepped = True
 
+    def is_trainable(self) -> bool:
+        """Whether any of the module's tensors requires grad."""
+        return any(map(_requires_grad, self._tensors))
+
     def fingerprint(self) -> list[int]:
         """The fingerprint of every tensor of the module."""
         return fingerprint(self._tensors)
 
 
+_requires_grad = operator.attrgetter("requires_grad")
 _version = operator.attrgetter("_version")

@@ -1,9 +1,7 @@
 """The contract of a backend: available, honours, build → Plan, load → Engine."""
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,14 +81,6 @@ class Backend(ABC):
     @abstractmethod
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """Load a plan on a device; raises `BuildError` where the device refuses it."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep from the caller what libraries warn of while they build: their deprecations, and advice on TF32."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class NativeEngine(Engine):

@@ -2,8 +2,8 @@
 
 import torch
 
-from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours, quiet
-from torchaccel.capture import Program
+from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours
+from torchaccel.capture import Program, quiet
 from torchaccel.environment import c_compiler, cxx_compiler, gpus, import_problem
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from torchaccel import trt
-from torchaccel.backends.base import Backend, Plan, TensorRTBacked, quiet, tensorrt_honours
-from torchaccel.capture import Program
+from torchaccel.backends.base import Backend, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.capture import Program, quiet
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 from torchaccel.prepare import decompose_hardswish, widen_depthwise

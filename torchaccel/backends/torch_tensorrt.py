@@ -21,8 +21,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from torchaccel import trt
-from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, quiet, tensorrt_honours
-from torchaccel.capture import Program, count_operators
+from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.capture import Program, count_operators, quiet
 from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
