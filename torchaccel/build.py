@@ -11,7 +11,7 @@ from torch import nn
 
 from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.capture import capture, engine_input, resize_batch
-from torchaccel.errors import AccuracyError, BackendWarning, BuildError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
 from torchaccel.gate import compare_outputs, reference, require, run_module
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
@@ -97,9 +97,9 @@ class Builder:
         dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
         outputs = expected.output_spec(program.outputs)
         built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
-        with _timed(record, "load_ms"):
+        with _timed(record, "load_ms"), _running(backend):
             runner = built.runner(tensors, pool, options.cuda_graph)
-        with _timed(record, "gate_ms"):
+        with _timed(record, "gate_ms"), _running(backend):
             if options.dynamic_batch is None:
                 self._gate(built, runner, tensors, expected.leaves)
             for size in sorted(set(options.dynamic_batch or ())):
@@ -148,6 +148,17 @@ class Builder:
 def describe(tensors: Sequence[torch.Tensor]) -> str:
     """The shapes and dtypes of a call's tensors, such as `float32[8, 3, 224, 224]`."""
     return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
+
+
+@contextmanager
+def _running(backend: Backend) -> Iterator[None]:
+    """Whatever an engine raises at its first runs means that it was not built."""
+    try:
+        yield
+    except TorchAccelError:
+        raise
+    except Exception as error:
+        raise BuildError(f"the {backend.name} engine could not be run ({type(error).__name__}): {error}") from error
 
 
 @contextmanager

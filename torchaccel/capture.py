@@ -137,7 +137,7 @@ def _warn_of_loose_tensors(exported: ExportedProgram, module: nn.Module) -> None
     if loose:
         warnings.warn(
             f"{type(module).__name__} computes with tensors that are neither parameters nor buffers "
-            f"({', '.join(loose)}): engines keep the values of now. Use register_buffer to have later changes followed.",
+            f"({', '.join(loose)}): engines keep the values of now. Use register_buffer to have changes followed.",
             BackendWarning,
             stacklevel=2,
         )

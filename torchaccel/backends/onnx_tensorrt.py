@@ -60,8 +60,9 @@ class OnnxTensorRT(TensorRTBacked, Backend):
 def export(program: Program) -> Any:
     """A program as an `onnx_ir.Model` that TensorRT's parser takes.
 
-    torch.onnx's own optimizer is left out: it merges equal weights and folds transposes into them, and their names are
-    lost. Without it axes and shapes would stay computed, which the parser refuses, so just those are folded here.
+    torch.onnx's own optimizer is left out: it merges equal weights, and their names are lost. Without it axes and
+    shapes would stay computed, which the parser refuses, so just those are folded here, and with them the transposes
+    of weights (the joint projections of nn.MultiheadAttention).
     """
     import onnx_ir.passes.common as onnx_passes
     import onnxscript.optimizer

@@ -1,0 +1,188 @@
+"""stream() without a GPU: the same results, in the same order, with errors where they belong."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import Lambda, on_cpu
+from tests.models import small_conv_net
+from torchaccel.compiled import CompiledModule
+from torchaccel.errors import OptionError
+from torchaccel.streaming import check_preprocess, preprocessed, read_batch
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def doubling(**options: Any) -> CompiledModule:
+    return on_cpu(Lambda(lambda self, x, scale=2.0: x * scale), **options)
+
+
+# --- batches ---
+
+
+def test_a_batch_is_one_argument_or_several_or_keywords() -> None:
+    x = torch.ones(2)
+    assert read_batch(x) == ((x,), {})
+    assert read_batch((x, 3)) == ((x, 3), {})
+    assert read_batch([x, 3]) == ((x, 3), {})
+    assert read_batch({"x": x}) == ((), {"x": x})
+    assert read_batch(()) == ((), {})
+
+
+def test_arrays_become_tensors_that_share_their_memory_however_deep() -> None:
+    array = np.zeros(3, dtype=np.float32)
+    (x,), _ = read_batch(array)
+    assert x.dtype is torch.float32
+    array[0] = 7
+    assert x[0] == 7
+    _, kwargs = read_batch({"a": [array, {"b": array}]})
+    assert isinstance(kwargs["a"][0], torch.Tensor)
+    assert isinstance(kwargs["a"][1]["b"], torch.Tensor)
+
+
+def test_the_result_of_preprocess_is_read_like_a_batch() -> None:
+    x = torch.ones(2)
+    assert preprocessed((x,), {"y": 1}, None) == ((x,), {"y": 1})
+    assert preprocessed((1,), {"y": 2}, lambda a, y: (a, y)) == ((1, 2), {})
+    assert preprocessed((1,), {}, lambda a: {"x": a}) == ((), {"x": 1})
+    assert preprocessed((1,), {}, lambda a: a) == ((1,), {})
+
+
+def test_preprocess_must_be_a_function() -> None:
+    check_preprocess(None)
+    check_preprocess(len)
+    with pytest.raises(OptionError, match="preprocess='norm'"):
+        check_preprocess("norm")
+    with pytest.raises(OptionError, match="preprocess=3"):
+        doubling().stream([torch.ones(1)], preprocess=3)
+
+
+# --- streams ---
+
+
+def test_results_come_in_the_order_of_the_batches() -> None:
+    model = doubling()
+    results = list(model.stream(torch.full((2,), float(i)) for i in range(1, 11)))
+    assert [result[0].item() for result in results] == [2.0 * i for i in range(1, 11)]
+    assert model.report().calls_by_engine == 10
+    assert model.report().builds == 1
+
+
+def test_results_are_those_of_calls_one_by_one() -> None:
+    module = small_conv_net()
+    model = on_cpu(module)
+    batches = [torch.randn(2, 3, 8, 8) for _ in range(5)]
+    for result, batch in zip(model.stream(batches), batches, strict=True):
+        assert torch.equal(result, model(batch))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(2),
+        np.ones(2, dtype=np.float32),
+        (torch.ones(2),),
+        [np.ones(2, dtype=np.float32)],
+        {"x": torch.ones(2)},
+        {"x": np.ones(2, dtype=np.float32)},
+    ],
+    ids=["tensor", "array", "tuple", "list of arrays", "dict", "dict of arrays"],
+)
+def test_every_kind_of_batch_is_served(batch: Any) -> None:
+    (result,) = doubling().stream([batch])
+    assert isinstance(result, torch.Tensor)
+    assert result.tolist() == [2.0, 2.0]
+
+
+def test_batches_of_several_sizes_and_further_arguments_are_served() -> None:
+    model = doubling()
+    batches = [torch.ones(2), (torch.ones(3), 5.0), {"x": torch.ones(2), "scale": 7.0}, torch.ones(2)]
+    assert [result[0].item() for result in model.stream(batches)] == [2.0, 5.0, 7.0, 2.0]
+    assert model.report().builds == 3
+
+
+def test_preprocess_runs_on_each_batch() -> None:
+    def decode(raw: torch.Tensor) -> dict[str, Any]:
+        return {"x": raw.float() / 255, "scale": 3.0}
+
+    model = doubling()
+    results = list(model.stream([np.full(2, 255, dtype=np.uint8), np.zeros(2, dtype=np.uint8)], preprocess=decode))
+    assert [result.tolist() for result in results] == [[3.0, 3.0], [0.0, 0.0]]
+
+
+def test_no_batches_give_no_results() -> None:
+    assert list(doubling().stream([])) == []
+
+
+def test_an_error_of_the_source_comes_after_the_results_before_it() -> None:
+    def source() -> Iterator[torch.Tensor]:
+        yield torch.ones(1)
+        yield torch.ones(1)
+        raise OSError("the disk is full")
+
+    results = []
+    with pytest.raises(OSError, match="the disk is full"):
+        for result in doubling().stream(source()):
+            results.append(result)
+    assert len(results) == 2
+
+
+def test_an_error_of_a_batch_comes_at_its_place() -> None:
+    module = Lambda(lambda self, x: x @ torch.ones(3, 2))
+    stream = on_cpu(module).stream([torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3)])
+    assert torch.equal(next(stream), torch.full((2, 2), 3.0))
+    next(stream)
+    with pytest.raises(RuntimeError):
+        next(stream)
+
+
+def test_an_error_of_preprocess_comes_at_its_place() -> None:
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        if x[0] == 1:
+            raise KeyError("one")
+        return x
+
+    stream = doubling().stream([torch.full((1,), 2.0), torch.ones(1)], preprocess=decode)
+    assert next(stream).item() == 4
+    with pytest.raises(KeyError, match="one"):
+        next(stream)
+
+
+def test_the_source_is_read_no_further_than_needed_and_can_be_left() -> None:
+    read: list[int] = []
+
+    def source() -> Iterator[torch.Tensor]:
+        for i in range(100):
+            read.append(i)
+            yield torch.ones(1)
+
+    stream = doubling().stream(source())
+    next(stream)
+    assert len(read) <= 4
+    stream.close()
+
+
+def test_in_training_mode_the_module_itself_serves() -> None:
+    model = doubling()
+    model.train()
+    assert [result.item() for result in model.stream([torch.ones(1)] * 2)] == [2.0, 2.0]
+    assert model.report().calls_by_module == 2
+    assert model.report().builds == 0
+
+
+def test_new_weights_are_used_from_the_next_batch_on() -> None:
+    module = small_conv_net()
+    model = on_cpu(module)
+    x = torch.randn(2, 3, 8, 8)
+    stream = model.stream([x, x])
+    before = next(stream)
+    module.fc.weight.mul_(-1)
+    module.fc.bias.mul_(-1)
+    assert torch.allclose(next(stream), -before, rtol=1e-5)
