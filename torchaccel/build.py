@@ -152,12 +152,12 @@ def describe(tensors: Sequence[torch.Tensor]) -> str:
 
 @contextmanager
 def _running(backend: Backend) -> Iterator[None]:
-    """Whatever an engine raises at its first runs means that it was not built."""
+    """What PyTorch raises at an engine's first runs, memory included, means that it was not built."""
     try:
         yield
     except TorchAccelError:
         raise
-    except Exception as error:
+    except RuntimeError as error:
         raise BuildError(f"the {backend.name} engine could not be run ({type(error).__name__}): {error}") from error
 
 
