@@ -16,10 +16,12 @@ class Case:
     name: str
     make: Callable[[], nn.Module]
     size: int = 64
+    variance: float | None = None  # draws BatchNorm's statistics, instead of measuring them
 
     def module(self) -> nn.Module:
         torch.manual_seed(0)
-        return look_trained(self.make())
+        module = self.make()
+        return look_trained(module) if self.variance is None else draw_statistics(module, self.variance)
 
     def inputs(self, batch: int, device: str | torch.device = "cpu") -> tuple[tuple[Any, ...], dict[str, Any]]:
         torch.manual_seed(1)
@@ -29,6 +31,23 @@ class Case:
             mask[:, 12:] = 0
             return (), {"input_ids": tokens, "attention_mask": mask}
         return (torch.randn(batch, 3, self.size, self.size, device=device),), {}
+
+
+def draw_statistics(module: nn.Module, variance: float) -> nn.Module:
+    """BatchNorm statistics at random around a variance, for a network whose measured ones amplify rounding; eval mode.
+
+    DeepLab's do: with `look_trained`, PyTorch's own fp16 is off by 1.7 % and its bf16 by 19 %.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        for child in module.modules():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                child.running_mean.copy_(torch.randn(child.num_features, generator=generator) * 0.1)
+                child.running_var.copy_((torch.rand(child.num_features, generator=generator) + 0.5) * variance)
+    return module.eval()
 
 
 def look_trained(module: nn.Module, size: int = 64) -> nn.Module:
@@ -92,7 +111,7 @@ ZOO = {
         _torchvision("vit_b_16", 224),
         _torchvision("densenet121"),
         _torchvision("regnet_y_400mf"),
-        Case("deeplabv3_mobilenet_v3_large", _deeplab),
+        Case("deeplabv3_mobilenet_v3_large", _deeplab, variance=0.2),
         Case("fpn_resnet18", _fpn),
         Case("bert", _bert),
     )

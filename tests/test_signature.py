@@ -143,9 +143,10 @@ def test_keys_are_equal_exactly_where_the_calls_are_described_alike(one: Any, tw
     assert (key == other_key) == (repr(one) == repr(two))
 
 
-def test_the_key_of_a_tensor_has_its_shape_and_dtype_and_not_its_values() -> None:
+@pytest.mark.parametrize("further", [(), (None,)], ids=["one tensor", "more"])
+def test_the_key_of_a_tensor_has_its_shape_and_dtype_and_not_its_values(further: tuple[None, ...]) -> None:
     def key(tensor: torch.Tensor) -> Any:
-        return read_call((tensor,), {}).key
+        return read_call((tensor, *further), {}).key
 
     assert key(torch.zeros(2, 3)) == key(torch.ones(2, 3))
     assert key(torch.zeros(2, 3)) == key(torch.zeros(3, 2).T)

@@ -258,6 +258,14 @@ def add_buffer(module: nn.Module) -> None:
     module.register_buffer("table", torch.zeros(3))
 
 
+def add_at_the_very_end(module: nn.Module) -> None:
+    module.fc.register_buffer("table", torch.zeros(3))
+
+
+def remove_at_the_very_end(module: nn.Module) -> None:
+    del module.fc.bias
+
+
 def remove_bias(module: nn.Module) -> None:
     module.fc.bias = None
 
@@ -312,6 +320,8 @@ NEW_STRUCTURE = {
     "an added submodule, deep": add_module_deep,
     "a removed submodule": remove_module,
     "an added buffer": add_buffer,
+    "an added buffer, last of all": add_at_the_very_end,
+    "a removed parameter, last of all": remove_at_the_very_end,
     "a removed bias": remove_bias,
     "double()": move_to_double,
     "a parametrization": restyle,
