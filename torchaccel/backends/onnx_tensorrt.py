@@ -62,7 +62,7 @@ def export(program: Program) -> Any:
 
     torch.onnx's own optimizer is left out: it merges equal weights, and their names are lost. Without it axes and
     shapes would stay computed, which the parser refuses, so just those are folded here, and with them the transposes
-    of weights (the joint projections of nn.MultiheadAttention).
+    of weights (of linear layers over sequences), which then have other names.
     """
     import onnx_ir.passes.common as onnx_passes
     import onnxscript.optimizer
