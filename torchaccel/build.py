@@ -99,13 +99,15 @@ class Builder:
         built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
         with _timed(record, "load_ms"), _running(backend):
             runner = built.runner(tensors, pool, options.cuda_graph)
-        with _timed(record, "gate_ms"), _running(backend):
+        with _timed(record, "gate_ms"):
             if options.dynamic_batch is None:
                 self._gate(built, runner, tensors, expected.leaves)
             for size in sorted(set(options.dynamic_batch or ())):
                 resized = resize_batch(tensors, program.batched, size)
                 again = reference(self.module, call, resized).leaves
-                self._gate(built, built.runner(resized, pool, options.cuda_graph), resized, again, batch=size)
+                with _running(backend):
+                    sized = built.runner(resized, pool, options.cuda_graph)
+                self._gate(built, sized, resized, again, batch=size)
         return built, runner
 
     def _gate(
@@ -118,7 +120,7 @@ class Builder:
         batch: int | None = None,
     ) -> None:
         """Compare what a runner returns, its graph and casts included, with the leaves of the module's own result."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _running(built.backend):
             outputs = runner.check(tensors)
         gate = compare_outputs(outputs, built.outputs.computed(leaves), self.options.bound, batch)
         built.record.gates += (gate,)

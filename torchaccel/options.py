@@ -1,7 +1,7 @@
 """The options of compile(): a frozen dataclass that validates itself."""
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -161,7 +161,7 @@ def _is_count(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    return is_number and 0 < value <= sys.float_info.max
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
