@@ -111,7 +111,6 @@ def build_from_onnx(
     profile: Sequence[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]],
     *,
     tf32: bool,
-    workspace_mib: int | None = None,
 ) -> bytes:
     """Build a strongly typed engine from an ONNX file with TensorRT's own parser; returns the serialised engine.
 
@@ -126,8 +125,6 @@ def build_from_onnx(
     if not parser.parse_from_file(path):
         raise BuildError(f"{trt.name} cannot take the ONNX graph: {_parser_errors(parser)}.")
     config = builder.create_builder_config()
-    if workspace_mib is not None:
-        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, workspace_mib << 20)
     (config.set_flag if tf32 else config.clear_flag)(api.BuilderFlag.TF32)
     if any(low != high for _, low, _, high in profile):
         shapes = builder.create_optimization_profile()
@@ -208,7 +205,6 @@ class TensorRTEngine:
             self._memory = torch.empty(max(size, 1) + 256, dtype=torch.uint8, device=self.device)
             address = -(-self._memory.data_ptr() // 256) * 256
             self._context.set_device_memory(address, max(size, 1))
-        self.activation_bytes = self._memory.numel()
 
     def another(self) -> "TensorRTEngine":
         """An engine with a context of its own that shares this one's weights."""

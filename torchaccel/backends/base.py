@@ -83,6 +83,20 @@ class Backend(ABC):
         """Load a plan on a device; raises `BuildError` where the device refuses it."""
 
 
+class NativeBackend(Backend):
+    """What the PyTorch-native backends share: a plan that is the program, in whatever PyTorch's kernels honour."""
+
+    native = True
+
+    def honours(self, precision: Precision, device: torch.device) -> str | None:
+        """Whatever PyTorch's kernels honour."""
+        return native_honours(precision, device)
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        """The plan is the program; what there is to generate is generated where it is loaded."""
+        return Plan(self.name, precision, program, library=f"PyTorch {torch.__version__}")
+
+
 class NativeEngine(Engine):
     """An engine that PyTorch itself runs, on the store's weights."""
 

@@ -2,28 +2,18 @@
 
 import torch
 
-from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours
+from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
 from torchaccel.capture import Program
-from torchaccel.precision import Precision
 
 
-class Eager(Backend):
+class Eager(NativeBackend):
     """The program, operator by operator."""
 
     name = "eager"
-    native = True
 
     def unavailable(self) -> str | None:
         """Never."""
         return None
-
-    def honours(self, precision: Precision, device: torch.device) -> str | None:
-        """Whatever PyTorch's kernels honour."""
-        return native_honours(precision, device)
-
-    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
-        """Nothing to build: the plan is the program."""
-        return Plan(self.name, precision, program, library=f"PyTorch {torch.__version__}")
 
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """The program as a module on the store's weights."""

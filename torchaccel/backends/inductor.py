@@ -2,18 +2,16 @@
 
 import torch
 
-from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, native_honours
+from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
 from torchaccel.capture import Program, quiet
 from torchaccel.environment import c_compiler, cxx_compiler, gpus, import_problem
 from torchaccel.errors import BuildError
-from torchaccel.precision import Precision
 
 
-class Inductor(Backend):
+class Inductor(NativeBackend):
     """Inductor, without CUDA graphs of its own: the runner captures its kernels."""
 
     name = "inductor"
-    native = True
 
     def unavailable(self) -> str | None:
         """Inductor compiles its kernels with a C++ compiler on the CPU, and through Triton on a GPU."""
@@ -22,14 +20,6 @@ class Inductor(Backend):
                 return f"Inductor needs Triton on a GPU: {problem}"
             return None if c_compiler() else "Triton needs a C compiler: install gcc, or set CC"
         return None if cxx_compiler() else "Inductor needs a C++ compiler: install g++, or set CXX"
-
-    def honours(self, precision: Precision, device: torch.device) -> str | None:
-        """Whatever PyTorch's kernels honour."""
-        return native_honours(precision, device)
-
-    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
-        """The plan is the program; Inductor generates its code where it is loaded."""
-        return Plan(self.name, precision, program, library=f"PyTorch {torch.__version__}")
 
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """Generate and compile the kernels, by a first run on the program's own examples."""

@@ -14,8 +14,7 @@ from torchaccel.precision import Precision
 from torchaccel.prepare import decompose_hardswish, widen_depthwise
 from torchaccel.report import Coverage
 
-# Constants that shapes and axes are computed from are folded up to this size; weights, which are larger, keep their
-# names and values, so that new ones can be swapped in.
+# Constants that shapes and axes are computed from are folded up to this size.
 FOLDED_INPUT_BYTES, FOLDED_OUTPUT_BYTES = 1024, 1 << 16
 
 
@@ -61,8 +60,8 @@ def export(program: Program) -> Any:
     """A program as an `onnx_ir.Model` that TensorRT's parser takes.
 
     torch.onnx's own optimizer is left out: it merges equal weights, and their names are lost. Without it axes and
-    shapes would stay computed, which the parser refuses, so just those are folded here, and with them the transposes
-    of weights (of linear layers over sequences), which then have other names.
+    shapes would stay computed, which the parser refuses, so just those are folded here. What is computed from a weight
+    (the transposes of linear layers over sequences) is not: all weights keep their names and values.
     """
     import onnx_ir.passes.common as onnx_passes
     import onnxscript.optimizer
@@ -85,6 +84,7 @@ def export(program: Program) -> Any:
         onnx_shape_inference=False,
         input_size_limit=FOLDED_INPUT_BYTES,
         output_size_limit=FOLDED_OUTPUT_BYTES,
+        should_fold=lambda node: False if any(x is not None and x.name in program.rules for x in node.inputs) else None,
     )
     onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     onnx_passes.RemoveUnusedNodesPass()(model)
