@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from torchaccel.backends.base import Backend, Engine, Plan
-from torchaccel.capture import capture, engine_input, resize_batch
+from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
-from torchaccel.gate import compare_outputs, reference, require, run_module
+from torchaccel.gate import Reference, compare_outputs, reference, require, run_module
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import EngineRecord
@@ -31,7 +31,9 @@ class Built:
     outputs: OutputSpec
     record: EngineRecord
     dynamic: bool
+    program: Program | None = None  # without weights: what an engine that has its own weights is built again from
     engine: Engine | None = None
+    stale: bool = False
 
     def is_fresh_in_place(self) -> bool:
         """Whether its weights are the store's own tensors, so that refreshing those refreshes it."""
@@ -89,15 +91,48 @@ class Builder:
             )
         record.folded_batch_norms = program.folded
         backend.lower(program)
-        store = self.store if backend.native else WeightStore()  # a TensorRT engine has weights of its own
-        program.take_weights(store, self.module, channels_last=backend.native)
+        self._take_weights(backend, program)
         with _timed(record, "build_ms"):
             plan = backend.build(program, precision, pool.device, partial=options.partial)
         record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
         dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
         outputs = expected.output_spec(program.outputs)
         built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
-        with _timed(record, "load_ms"), _running(backend):
+        runner = self._load(built, program, call, tensors, expected, pool)
+        return built, runner
+
+    def rebuild(self, built: Built, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> Runner:
+        """Build a stale plan again, for the weights of now, from the program that it left; returns its first runner.
+
+        Nothing is captured anew, and what PyTorch specialises is in the kernel cache. It is gated like any other.
+        """
+        assert built.program is not None
+        program = built.program
+        expected = reference(self.module, call, tensors)
+        program.inputs = tuple(engine_input(tensor, built.plan.precision.dtype) for tensor in tensors)
+        self._take_weights(built.backend, program)
+        built.plan = built.backend.rebuild(built.plan, program, pool.device, partial=self.options.partial)
+        built.engine, built.record.gates = None, ()
+        runner = self._load(built, program, call, tensors, expected, pool)
+        built.stale = False
+        return runner
+
+    def _take_weights(self, backend: Backend, program: Program) -> None:
+        store = self.store if backend.native else WeightStore()  # a TensorRT engine has weights of its own
+        program.take_weights(store, self.module, channels_last=backend.native)
+
+    def _load(  # noqa: PLR0917
+        self,
+        built: Built,
+        program: Program,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        expected: Reference,
+        pool: Pool,
+    ) -> Runner:
+        """Load a plan into its first runner, and gate it; then the program rests without weights."""
+        options, record = self.options, built.record
+        with _timed(record, "load_ms"), _running(built.backend):
             runner = built.runner(tensors, pool, options.cuda_graph)
         with _timed(record, "gate_ms"):
             if options.dynamic_batch is None:
@@ -105,10 +140,15 @@ class Builder:
             for size in sorted(set(options.dynamic_batch or ())):
                 resized = resize_batch(tensors, program.batched, size)
                 again = reference(self.module, call, resized).leaves
-                with _running(backend):
+                with _running(built.backend):
                     sized = built.runner(resized, pool, options.cuda_graph)
                 self._gate(built, sized, resized, again, batch=size)
-        return built, runner
+        if built.is_fresh_in_place():
+            program.drop_examples()
+        else:
+            program.drop_weights()
+            built.program = program
+        return runner
 
     def _gate(
         self,

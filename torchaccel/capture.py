@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,7 +56,16 @@ class Program:
         self.channels_last = channels_last and self.convolutional
         self.rules = {name: replace(rule, channels_last=self.channels_last) for name, rule in self.rules.items()}
         for name, tensor in zip(self.rules, store.get(self.rules.values(), module), strict=True):
-            _put(self.exported, name, tensor)
+            put_weight(self.exported, name, tensor)
+
+    def drop_weights(self) -> None:
+        """Keep the shapes and dtypes of weights and examples and let their memory go."""
+        drop_weights(self.exported, self.rules)
+        self.drop_examples()
+
+    def drop_examples(self) -> None:
+        """Keep the shapes and dtypes of the examples and let their memory go."""
+        self.inputs = tuple(tensor.to("meta") for tensor in self.inputs)
 
 
 @contextmanager
@@ -115,8 +124,7 @@ def capture(
     rules = weight_rules(exported, PREFIX)
     folded = fold_batch_norm(exported, rules)
     rules = {name: rules[name] for name in (str(spec.target) for spec, _ in weight_nodes(exported))}
-    for name in rules:  # the prepared copy's, which the folded graph would read wrongly
-        _put(exported, name, _held(exported, name)[name].to("meta"))
+    drop_weights(exported, rules)  # the prepared copy's, which the folded graph would read wrongly
     return Program(
         exported,
         rules,
@@ -218,7 +226,14 @@ def _held(exported: ExportedProgram, name: str) -> dict[str, Any]:
     return exported.state_dict if name in exported.state_dict else exported.constants
 
 
-def _put(exported: ExportedProgram, name: str, tensor: torch.Tensor) -> None:
+def drop_weights(exported: ExportedProgram, names: Iterable[str]) -> None:
+    """Put tensors without values in the place of these weights."""
+    for name in names:
+        put_weight(exported, name, _held(exported, name)[name].detach().to("meta"))
+
+
+def put_weight(exported: ExportedProgram, name: str, tensor: torch.Tensor) -> None:
+    """Give a weight of a program its value."""
     held = _held(exported, name)
     is_parameter = isinstance(held[name], nn.Parameter)
     held[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor

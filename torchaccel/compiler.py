@@ -18,7 +18,7 @@ from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
-from torchaccel.options import Options, check_module_names, make_options
+from torchaccel.options import CHECK_WEIGHTS_EVERY, Options, check_module_names, make_options
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import Report
 from torchaccel.runner import Pool
@@ -45,7 +45,7 @@ def compile(
     cuda_graph: bool = True,
     max_runners: int = 8,
     on_weight_change: str = "refresh",
-    check_weights_every: int | None = None,
+    check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
     objective: str = "latency",
     race_budget_s: float | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -71,8 +71,8 @@ def compile(
         cuda_graph: replay engines as captured CUDA graphs.
         max_runners: signatures whose buffers and graphs are kept; the least recently used go first.
         on_weight_change: "refresh" engines at the next call, "raise", or "ignore" changes until `refresh()`.
-        check_weights_every: calls between two looks for writes that PyTorch does not track; None looks only at
-            `eval()` and `refresh()`.
+        check_weights_every: calls between two looks for writes that PyTorch does not track, which the host does not
+            wait for: the calls after one act on it. None looks only at `eval()` and `refresh()`.
         objective: what a race decides by; "latency".
         race_budget_s: how long a race may take; there is none yet.
         cache_dir: where plans are kept between processes; there is no such cache yet.

@@ -14,6 +14,7 @@ from torchaccel.precision import PRECISIONS
 
 BACKENDS = ("torch_tensorrt", "onnx_tensorrt", "inductor", "eager")
 ON_WEIGHT_CHANGE = ("refresh", "raise", "ignore")
+CHECK_WEIGHTS_EVERY = 1000  # a look takes the host about a millisecond: a microsecond a call
 NOT_THERE_YET = {"backend": ("fused", "fastest"), "objective": ("throughput", "stream")}
 
 
@@ -32,7 +33,7 @@ class Options:
     cuda_graph: bool = True
     max_runners: int = 8
     on_weight_change: str = "refresh"
-    check_weights_every: int | None = None
+    check_weights_every: int | None = CHECK_WEIGHTS_EVERY
     objective: str = "latency"
     race_budget_s: float | None = None
     cache_dir: str | PathLike[str] | None = None

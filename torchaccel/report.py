@@ -77,7 +77,10 @@ class Coverage:
 
 @dataclass
 class EngineRecord:
-    """One engine that was built: what for, by whom, how long it took, how it was checked."""
+    """One engine that was built: what for, by whom, how long it took, how it was checked.
+
+    `first_call_ms` is the whole of the first call, and `refresh_ms` of taking new weights the last time (0: never).
+    """
 
     signature: str
     backend: str
@@ -88,6 +91,7 @@ class EngineRecord:
     load_ms: float = 0.0
     gate_ms: float = 0.0
     first_call_ms: float = 0.0
+    refresh_ms: float = 0.0
     folded_batch_norms: int = 0
     gates: tuple[GateRecord, ...] = ()
     coverage: Coverage | None = None
@@ -111,7 +115,8 @@ class Report:
     """What a compiled module did: printed, it is a table; `to_dict()` is for machines.
 
     `calls_by_engine` and `calls_by_module` count the calls served by an engine and by the module itself;
-    `device_memory_mib` is what engines, buffers and graphs hold.
+    `device_memory_mib` is what engines, buffers and graphs hold. `refresh_ms` is the host's time for the last refresh;
+    what an engine took, one that is built again included, is in `engines`.
     """
 
     module: str
@@ -182,7 +187,7 @@ class Report:
         ]
 
 
-_TIMES = ("export ms", "build ms", "load ms", "first call ms")
+_TIMES = ("export ms", "build ms", "load ms", "first call ms", "refresh ms")
 _ENGINE_COLUMNS = ("inputs", "backend", *_TIMES, "error", "bound", "coverage")
 _RUNNER_COLUMNS = ("inputs", "CUDA graph", "device MiB", "calls")
 
@@ -190,7 +195,7 @@ _RUNNER_COLUMNS = ("inputs", "CUDA graph", "device MiB", "calls")
 def _engine_row(engine: EngineRecord) -> tuple[str, ...]:
     error = max((gate.relative_error for gate in engine.gates), default=float("nan"))
     bound = max((output.bound for gate in engine.gates for output in gate.outputs), default=float("nan"))
-    times = (engine.export_ms, engine.build_ms, engine.load_ms, engine.first_call_ms)
+    times = (engine.export_ms, engine.build_ms, engine.load_ms, engine.first_call_ms, engine.refresh_ms)
     backend = f"{engine.backend} {engine.library}".strip()
     covered = str(engine.coverage or "-")
     return (engine.signature, backend, *(f"{time:.0f}" for time in times), f"{error:.2g}", f"{bound:.2g}", covered)

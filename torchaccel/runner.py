@@ -6,6 +6,7 @@ is enqueued under one lock and the host waits for none of it.
 """
 
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -35,6 +36,8 @@ class Pool:
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._done = torch.cuda.Event() if self._is_cuda else None
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
+        # One for all captures: the allocator gives a block again only on the stream that it was first given on.
+        self.capture_stream = torch.cuda.Stream(device) if self._is_cuda else None
 
     def turn(self, stream: Any = None) -> "_Turn":
         """A context in which to enqueue work on `stream`, or on the caller's current one."""
@@ -44,6 +47,11 @@ class Pool:
         """Wait on the host for everything that was enqueued on the device."""
         if self._is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def wait(self) -> None:
+        """Wait on the host for the last turn."""
+        if self._done is not None:
+            self._done.synchronize()
 
     def enter(self, stream: Any) -> Any:
         """Take the lock, and make `stream` wait for the last turn; returns the stream."""
@@ -122,6 +130,8 @@ class Runner:
         else:
             self._capture()
         if self._is_cuda:
+            # Its buffers go back to the allocator, and its kernels away, only when the device is done with them.
+            weakref.finalize(self, pool.wait).atexit = False
             self.record.device_mib += sum(map(_size_bytes, self._inputs)) / 2**20
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -190,7 +200,8 @@ class Runner:
     def _capture(self) -> None:
         """Warm up and capture on a side stream; only this thread's CUDA calls are watched meanwhile."""
         device = self.pool.device
-        side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side, current = self.pool.capture_stream, torch.cuda.current_stream(device)
+        assert side is not None
         side.wait_stream(current)
         with torch.cuda.device(device), self.pool.turn(side), torch.inference_mode(False), torch.no_grad():
             with torch.cuda.stream(side):

@@ -14,11 +14,15 @@ from torch import nn
 from torchaccel.build import Builder, Built
 from torchaccel.capture import batch_size, batched_inputs
 from torchaccel.errors import InputError, StaleWeightsError
+from torchaccel.fingerprint import Fingerprint, PendingCheck, equal
+from torchaccel.helper import helper
 from torchaccel.options import Options
 from torchaccel.report import Report
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call
-from torchaccel.weights import WeightWatch
+from torchaccel.watch import WeightWatch
+
+UNTRACKED = "a write that PyTorch does not track"
 
 
 @dataclass
@@ -36,12 +40,15 @@ class State:
     runners: "OrderedDict[Any, Runner]" = field(default_factory=OrderedDict)
     stale: str = ""
     warned_of_gradients: bool = False
-    _prints: list[int] | None = None
+    _print: Fingerprint | None = None
     _calls_since_check: int = 0
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
+        self._check = PendingCheck()
         self.watch = WeightWatch(self.module)
+        if self.device.type == "cuda":  # where calls are short enough for the look at the weights to matter
+            helper.start()
 
     def find(self, call: Call) -> Runner:
         """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
@@ -56,35 +63,53 @@ class State:
         with self._lock:
             if call.key in self.runners:
                 return self.runners[call.key]
-            started = time.perf_counter()
             tensors = self._on_device(call)
             key = self._plan_key(call)
-            if key in self.built:
-                runner = self.built[key].runner(tensors, self.pool, self.options.cuda_graph)
+            built = self.built.get(key)
+            if built is None:
+                runner = self._build(key, call, tensors)
+            elif built.stale:
+                runner = self._rebuild(built, call, tensors)
             else:
-                self._take_weights_of_now()
-                built, runner = self.build(call, tensors, self.pool)
-                self.pool.synchronize()
-                built.record.first_call_ms = (time.perf_counter() - started) * 1e3
-                self.built[key] = built
-                self.report.builds += 1
-                self.report.backend = built.backend.name
-                self.report.engines.append(built.record)
-                if self._prints is None:
-                    self._prints = self.watch.fingerprint()
+                runner = built.runner(tensors, self.pool, self.options.cuda_graph)
             runner.plan_key = key
             self.runners[call.key] = runner
             while len(self.runners) > self.options.max_runners:
                 self.runners.popitem(last=False)
             return runner
 
+    def _build(self, key: Any, call: Call, tensors: list[torch.Tensor]) -> Runner:
+        started = time.perf_counter()
+        self._take_weights_of_now()
+        built, runner = self.build(call, tensors, self.pool)
+        self.pool.synchronize()
+        built.record.first_call_ms = _ms_since(started)
+        self.built[key] = built
+        self.report.builds += 1
+        self.report.backend = built.backend.name
+        self.report.engines.append(built.record)
+        if self._print is None:
+            self._print = self.watch.fingerprint()
+        return runner
+
+    def _rebuild(self, built: Built, call: Call, tensors: list[torch.Tensor]) -> Runner:
+        """Bring a plan that has weights of its own up to date, at the first call that needs it."""
+        started = time.perf_counter()
+        runner = self.build.rebuild(built, call, tensors, self.pool)
+        self.pool.synchronize()
+        built.record.refresh_ms = _ms_since(started)
+        return runner
+
     def _take_weights_of_now(self) -> None:
         """Before a build, which reads the weights as they are: engines that are there must have the same."""
         if not self.built:  # nothing holds older ones: those of now are the ones to watch
             self.build.store.clear()
             self.watch.accept()
-        elif self.watch.changed() or self.watch.fingerprint() != self._prints:
+        elif self.watch.changed() or not self._print_is_of_now():
             self._take_change("a change that was found at a build")
+
+    def _print_is_of_now(self) -> bool:
+        return self._print is not None and equal(self.watch.fingerprint(), self._print)
 
     def _on_device(self, call: Call) -> list[torch.Tensor]:
         if not call.tensors:
@@ -124,16 +149,29 @@ class State:
         every = self.options.check_weights_every
         if every is not None:
             self._calls_since_check += 1
-            if self._calls_since_check >= every:
-                self.check_untracked()
+            if self._calls_since_check >= every or self._check.is_under_way:
+                self._look_behind(start=self._calls_since_check >= every)
+
+    def _look_behind(self, start: bool) -> None:
+        """Start a look for untracked writes, or act on one whose result is there; the host waits for neither."""
+        if not self._lock.acquire(blocking=False):
+            return  # another thread builds or refreshes
+        try:
+            if start and self._print is not None and not self._check.is_under_way:
+                self._calls_since_check = 0
+                self._check.start(self.watch.fingerprint(), self._print)
+            if self._check.take():
+                self._take_change(UNTRACKED)
+        finally:
+            self._lock.release()
 
     def check_untracked(self) -> None:
         """Compare the fingerprint of the weights with that of the last refresh; waits for the device."""
         self._calls_since_check = 0
-        if self.options.on_weight_change == "ignore" or self._prints is None or self.watch.structure_changed():
+        if self.options.on_weight_change == "ignore" or self._print is None or self.watch.structure_changed():
             return
-        if self.watch.fingerprint() != self._prints:
-            self._take_change("a write that PyTorch does not track")
+        if not self._print_is_of_now():
+            self._take_change(UNTRACKED)
 
     def _take_change(self, what: str = "") -> None:
         with self._lock:
@@ -148,25 +186,36 @@ class State:
             self.refresh(what)
 
     def refresh(self, what: str = "") -> None:
-        """Bring every engine up to date: in place where its weights are plain tensors, by a new plan elsewhere."""
+        """Bring every engine up to date: in place where its weights are plain tensors, elsewhere at its next call.
+
+        Enqueued on the current stream, in one turn of the pool: each call's result is from before or from after it.
+        """
         with self._lock:
             started = time.perf_counter()
             self.stale = ""
+            self._check.forget()
             if self.watch.structure_changed():
                 self._drop_all()
             else:
                 with self.pool.turn():
                     self.build.store.refresh(self.module)
-                self.built = {key: built for key, built in self.built.items() if built.is_fresh_in_place()}
-                for key in [key for key, runner in self.runners.items() if runner.plan_key not in self.built]:
-                    del self.runners[key]
+                self._outdate([built for built in self.built.values() if not built.is_fresh_in_place()])
             if what:
                 self.report.events.append(f"refreshed after {what}")
             self.watch.accept()
-            self._prints = self.watch.fingerprint() if self.built else None
-            self.pool.synchronize()
+            self._print = self.watch.fingerprint() if self.built else None
             self.report.refreshes += 1
-            self.report.refresh_ms = (time.perf_counter() - started) * 1e3
+            self.report.refresh_ms = _ms_since(started)
+            for built in self.built.values():
+                if not built.stale:
+                    built.record.refresh_ms = self.report.refresh_ms
+
+    def _outdate(self, outdated: list[Built]) -> None:
+        """Mark plans that have weights of their own: the next call of each builds it again."""
+        for built in outdated:
+            built.stale = True
+        for key in [key for key, runner in self.runners.items() if self.built[runner.plan_key].stale]:
+            del self.runners[key]
 
     def _drop_all(self) -> None:
         """Forget every plan, runner and weight, and follow the module to its device; the next call builds."""
@@ -187,6 +236,10 @@ class State:
         runners = list(self.runners.values())
         held = self.build.store.size_bytes() + sum(runner.engine_bytes() for runner in runners)
         return held / 2**20 + sum(runner.record.device_mib for runner in runners)
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1e3
 
 
 def module_device(module: nn.Module) -> torch.device | None:

@@ -52,6 +52,7 @@ class _Slot:
     """One place in the ring: the events that order its steps, its pinned buffers, and the call that it serves."""
 
     copied_in: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    ready: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     computed: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     copied_out: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     pinned: dict[Any, torch.Tensor] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class _Slot:
 
 
 class Ring:
-    """Slots on three streams: while one copies in, another computes and a third copies out.
+    """Slots on three streams: while one copies in and is preprocessed, another computes and a third copies out.
 
     `find` gives the runner of a call whose tensors are on the device.
     """
@@ -111,19 +112,25 @@ class Ring:
         args, kwargs = read_batch(batch)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with torch.cuda.device(self._device), torch.no_grad():
+            # What the caller has enqueued may write the batch, the weights, or what `preprocess` reads.
+            self._copy_in.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._copy_in):
                 on_device = [self._copy(slot, index, leaf) for index, leaf in enumerate(leaves)]
                 slot.copied_in.record(self._copy_in)
+                # Beside the engine, which works on the batch before: its own stream would wait for the decoding.
+                args, kwargs = pytree.tree_unflatten(on_device, spec)
+                call = read_call(*preprocessed(args, kwargs, self._preprocess))
+                slot.ready.record(self._copy_in)
             with torch.cuda.stream(self._compute):
-                self._compute.wait_event(slot.copied_in)
-                results = self._run(slot, *pytree.tree_unflatten(on_device, spec))
+                self._compute.wait_event(slot.ready)
+                results = self._run(slot, call)
                 slot.computed.record(self._compute)
             with torch.cuda.stream(self._copy_out):
                 self._copy_out.wait_event(slot.computed)
                 slot.results = [_copy_out(result, self._copy_out) for result in results]
                 slot.copied_out.record(self._copy_out)
-        for tensor in on_device:
-            if isinstance(tensor, torch.Tensor):
+        for tensor in call.tensors:
+            if tensor.is_cuda:
                 tensor.record_stream(self._compute)
         if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.is_pinned() for leaf in leaves):
             slot.copied_in.synchronize()  # the source may fill its own pinned buffer anew for the next batch
@@ -135,8 +142,7 @@ class Ring:
             leaf = slot.staging(index, leaf).copy_(leaf)
         return leaf.to(self._device, non_blocking=True)
 
-    def _run(self, slot: _Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        call = read_call(*preprocessed(args, kwargs, self._preprocess))
+    def _run(self, slot: _Slot, call: Call) -> list[torch.Tensor]:
         runner = self._find(call)
         inputs = call.tensors if runner.outputs.reads_inputs else ()
         slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.cpu() for tensor in inputs])

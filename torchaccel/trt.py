@@ -41,6 +41,8 @@ class TensorRT:
         self.flavour = flavour
         self.__dict__["api"] = api
         self.log = _make_logger(api)
+        self._kernels: dict[torch.device, Any] = {}
+        self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -51,6 +53,13 @@ class TensorRT:
     def is_rtx(self) -> bool:
         """Whether kernels are specialised on the GPU at the first run rather than chosen by timing at the build."""
         return self.flavour == "tensorrt_rtx"
+
+    def share_kernels(self, config: Any, device: torch.device) -> None:
+        """Let a context use, and add to, the kernels that this process has specialised for a device (RTX alone)."""
+        with self._lock:
+            if device not in self._kernels:
+                self._kernels[device] = config.create_runtime_cache()
+            config.set_runtime_cache(self._kernels[device])
 
 
 def unavailable(flavour: str | None = None) -> str | None:
@@ -196,6 +205,7 @@ class TensorRTEngine:
                 config.dynamic_shapes_kernel_specialization_strategy = (
                     api.DynamicShapesKernelSpecializationStrategy.EAGER
                 )
+                self._trt.share_kernels(config, self.device)
                 self._context = self._engine.create_execution_context(config)
             else:
                 self._context = self._engine.create_execution_context(strategy)

@@ -15,6 +15,7 @@ from torch import nn
 from tests.helpers import Lambda, captured, relative_error, settled
 from tests.models import ZOO, small_conv_net
 from torchaccel import trt
+from torchaccel.backends import onnx_tensorrt
 from torchaccel.backends.base import Plan
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT, export, save
 from torchaccel.capture import Program
@@ -137,6 +138,41 @@ def test_equal_weights_are_not_merged() -> None:
     assert {name for name in held if name.startswith("module.")} == {
         f"module.{index}.{kind}" for index in range(3) for kind in ("weight", "bias")
     }
+
+
+@pytest.mark.parametrize("make", [small_conv_net, small_transformer])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_rebuilt_plan_is_what_a_fresh_build_makes(make: Any, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = make(), torch.randn(2, 3, 32, 32)
+    program = lowered(module, x, precision=precision)
+    plan = BACKEND.build(program, PRECISIONS[precision], GPU)
+    program.drop_weights()
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())):
+            tensor.mul_(1 + 2**-9)
+    seen: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(
+        onnx_tensorrt, "save", lambda model, path: (seen.append(initializers(model)), save(model, path))
+    )
+    program.take_weights(WeightStore(), module)
+    again = BACKEND.rebuild(plan, program, GPU)
+    fresh = BACKEND.build(lowered(module, x, precision=precision), PRECISIONS[precision], GPU)
+    assert again.payload != plan.payload
+    assert again.manifest == fresh.manifest == plan.manifest
+    assert list(seen[0]) == list(seen[1])
+    for name, tensor in seen[0].items():
+        assert torch.equal(tensor, seen[1][name]), name
+
+
+def test_what_a_plan_is_rebuilt_from_holds_no_weights() -> None:
+    program = lowered(small_conv_net(), torch.randn(2, 3, 32, 32))
+    plan = BACKEND.build(program, PRECISIONS["fp16"], GPU)
+    program.drop_weights()
+    assert program.rules
+    for name in program.rules:
+        assert plan.source.graph.initializers[name].const_value is None
+        assert {**program.exported.state_dict, **program.exported.constants}[name].is_meta
+    assert all(tensor.is_meta for tensor in program.inputs)
 
 
 def evaluate(program: Program, folder: Path, *inputs: torch.Tensor) -> list[torch.Tensor]:

@@ -19,7 +19,8 @@ class Plan:
     """What a backend builds from a program: it can be loaded on any device of the kind that it was built for.
 
     `payload` is the serialised engine of a TensorRT backend, or the program, without weights of its own, of a
-    PyTorch-native one. `manifest` is plain data that says how to load it.
+    PyTorch-native one. `manifest` is plain data that says how to load it. `source` is what `rebuild` starts from: it
+    is in host memory, has no weights, and does not travel with the plan.
     """
 
     backend: str
@@ -28,6 +29,7 @@ class Plan:
     manifest: dict[str, Any] = field(default_factory=dict)
     coverage: Coverage | None = None
     library: str = ""
+    source: Any = None
 
     def size_mib(self) -> float:
         """The size of the serialised engine."""
@@ -77,6 +79,10 @@ class Backend(ABC):
     @abstractmethod
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Build a plan; raises `BuildError` with the operators at fault."""
+
+    def rebuild(self, plan: Plan, program: Program, device: torch.device, *, partial: bool = False) -> Plan:
+        """A plan for the weights that the program has now: what `build` would make, from what it has left in `plan`."""
+        return self.build(program, plan.precision, device, partial=partial)
 
     @abstractmethod
     def load(self, plan: Plan, device: torch.device) -> Engine:

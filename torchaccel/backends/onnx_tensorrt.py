@@ -39,8 +39,15 @@ class OnnxTensorRT(TensorRTBacked, Backend):
 
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Export, clean, parse and build; needs no GPU."""
+        return self._build(export(program), program, precision)
+
+    def rebuild(self, plan: Plan, program: Program, device: torch.device, *, partial: bool = False) -> Plan:
+        """Swap the weights of the kept ONNX graph and build that; the export, which takes longest, is spared."""
+        put_weights(plan.source, program)
+        return self._build(plan.source, program, plan.precision)
+
+    def _build(self, model: Any, program: Program, precision: Precision) -> Plan:
         tensorrt = trt.load()
-        model = export(program)
         names = [value.name for value in model.graph.inputs]
         profile = [(name, *program.shapes(index)) for index, name in enumerate(names)]
         with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +60,8 @@ class OnnxTensorRT(TensorRTBacked, Backend):
             "outputs": [value.name for value in model.graph.outputs],
         }
         coverage = Coverage(inside=program.operators, engines=1)
-        return Plan(self.name, precision, serialised, manifest, coverage, tensorrt.name)
+        drop_weights(model, program)
+        return Plan(self.name, precision, serialised, manifest, coverage, tensorrt.name, source=model)
 
 
 def export(program: Program) -> Any:
@@ -90,6 +98,25 @@ def export(program: Program) -> Any:
     onnx_passes.RemoveUnusedNodesPass()(model)
     onnx_passes.ClearMetadataAndDocStringPass()(model)  # stack traces, with the paths of this machine
     return model
+
+
+def put_weights(model: Any, program: Program) -> None:
+    """Give the weights of an exported model the values that the program has now."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    weights = {**program.exported.state_dict, **program.exported.constants}
+    for name, value in _weights(model, program):
+        value.const_value = TorchTensor(weights[name].detach(), name=name)
+
+
+def drop_weights(model: Any, program: Program) -> None:
+    """Let go of the values of an exported model's weights; names, shapes and dtypes stay."""
+    for _, value in _weights(model, program):
+        value.const_value = None
+
+
+def _weights(model: Any, program: Program) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in model.graph.initializers.items() if name in program.rules]
 
 
 def save(model: Any, path: str) -> None:

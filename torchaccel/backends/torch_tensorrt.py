@@ -13,16 +13,18 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from torchaccel import trt
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, tensorrt_honours
-from torchaccel.capture import Program, count_operators, quiet
+from torchaccel.capture import Program, count_operators, drop_weights, put_weight, quiet
 from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
@@ -52,23 +54,44 @@ class TorchTensorRT(TensorRTBacked, Backend):
             widen_depthwise(program.exported, program.rules)
 
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
-        """Partition, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
+        """Lower, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
         settings = _settings(precision, device)
         try:
+            with _quiet():
+                source = _decompose(program, settings)
+                engine = _convert(source, program, settings)
+            if engine is not None:
+                return self._whole(program, precision, engine, source)
             compiled = _compile(program, {**settings, "require_full_compilation": not partial})
         except Exception as error:
-            outside = Counter() if partial else _coverage(program, settings).outside
-            if outside:
+            outside = _coverage(program, settings).outside
+            if outside and not partial:
                 raise BuildError(_uncovered(outside)) from error
-            raise BuildError(f"Torch-TensorRT could not build the program: {type(error).__name__}: {error}") from error
+            if not outside:
+                raise BuildError(
+                    f"Torch-TensorRT could not build the program: {type(error).__name__}: {error}"
+                ) from error
+            compiled = _compile(program, {**settings, "require_full_compilation": False})
         engine = _only_engine(compiled)
         if engine is not None:
-            serialised, manifest = engine
-            return self._plan(precision, serialised, manifest, Coverage(inside=program.operators, engines=1))
+            return self._whole(program, precision, engine)
         coverage = _coverage(program, settings)
         if not partial or not coverage.engines:
             raise BuildError(_uncovered(coverage.outside))
-        return self._plan(precision, _serialise(compiled, program), {"program": True}, coverage)
+        return self._plan(precision, _serialise(compiled, program, device), {"program": True}, coverage)
+
+    def rebuild(self, plan: Plan, program: Program, device: torch.device, *, partial: bool = False) -> Plan:
+        """Convert the kept program, which is decomposed already, with the new weights; only a whole one is kept."""
+        if plan.source is None:
+            return self.build(program, plan.precision, device, partial=partial)
+        weights = {**program.exported.state_dict, **program.exported.constants}
+        for name in program.rules:
+            put_weight(plan.source, name, weights[name].detach())
+        with _quiet():
+            engine = _convert(plan.source, program, _settings(plan.precision, device))
+        if engine is None:
+            raise BuildError("Torch-TensorRT converts the program no longer as it did at first; refresh() builds anew.")
+        return self._whole(program, plan.precision, engine, plan.source)
 
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """One engine runs in our own context; a program with several runs as Torch-TensorRT made it."""
@@ -80,6 +103,17 @@ class TorchTensorRT(TensorRTBacked, Backend):
         engine = NativeEngine(module, plan.precision)
         engine.shares_store = False
         return engine
+
+    def _whole(
+        self, program: Program, precision: Precision, engine: tuple[bytes, dict[str, Any]], source: Any = None
+    ) -> Plan:
+        """The plan of a program that one engine computes."""
+        serialised, manifest = engine
+        plan = self._plan(precision, serialised, manifest, Coverage(inside=program.operators, engines=1))
+        if source is not None:
+            drop_weights(source, program.rules)
+            plan.source = source
+        return plan
 
     def _plan(self, precision: Precision, payload: bytes, manifest: dict[str, Any], coverage: Coverage) -> Plan:
         import torch_tensorrt
@@ -97,7 +131,7 @@ def _settings(precision: Precision, device: torch.device) -> dict[str, Any]:
     import torch_tensorrt
 
     settings = {
-        "device": device,
+        "device": torch_tensorrt.Device._from(device),
         "disable_tf32": not precision.tf32,
         "min_block_size": 1,  # the default of 5 leaves small modules without an engine
         "immutable_weights": True,
@@ -108,7 +142,7 @@ def _settings(precision: Precision, device: torch.device) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in known}
 
 
-def _compile(program: Program, settings: dict[str, Any]) -> fx.GraphModule:
+def _inputs(program: Program) -> list[Any]:
     import torch_tensorrt
 
     inputs = []
@@ -116,8 +150,54 @@ def _compile(program: Program, settings: dict[str, Any]) -> fx.GraphModule:
         low, best, high = program.shapes(index)
         shapes = {"shape": low} if low == high else {"min_shape": low, "opt_shape": best, "max_shape": high}
         inputs.append(torch_tensorrt.Input(dtype=example.dtype, **shapes))
+    return inputs
+
+
+def _decompose(program: Program, settings: dict[str, Any]) -> ExportedProgram:
+    """The program in the operators that Torch-TensorRT converts; its weights keep their names."""
+    from torch_tensorrt.dynamo.lowering import get_decompositions, pre_export_lowering
+
+    lowered = pre_export_lowering(program.exported, _compilation_settings(settings))
+    return lowered.run_decompositions(get_decompositions())
+
+
+def _convert(
+    decomposed: ExportedProgram, program: Program, settings: dict[str, Any]
+) -> tuple[bytes, dict[str, Any]] | None:
+    """One engine of the whole program and its manifest; None where its outputs are not all different tensors.
+
+    What `torch_tensorrt.dynamo.compile` does, less what is of no use here: partitioning, and loading the engine into
+    a runtime of its own, which takes a second.
+    """
+    from torch_tensorrt.dynamo.conversion._conversion import infer_module_output_dtypes
+    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
+    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
+    from torch_tensorrt.dynamo.lowering import post_lowering
+
+    chosen = _compilation_settings(settings)
+    DYNAMO_CONVERTERS.set_compilation_settings(chosen)
+    lowered = post_lowering(decomposed.module(check_guards=False), chosen)
+    results = pytree.tree_leaves(next(node for node in lowered.graph.nodes if node.op == "output").args)
+    dtypes = infer_module_output_dtypes(lowered)
+    built = TRTInterpreter(lowered, _inputs(program), dtypes, compilation_settings=chosen).run()
+    if len(set(results)) != len(results) or len(built.output_names) != len(results):
+        return None
+    manifest = {"inputs": list(enumerate(built.input_names)), "outputs": list(built.output_names)}
+    return bytes(built.engine.serialize()), manifest
+
+
+def _compilation_settings(settings: dict[str, Any]) -> Any:
+    from torch_tensorrt.dynamo import CompilationSettings
+
+    known = {field.name for field in fields(CompilationSettings)}
+    return CompilationSettings(**{name: value for name, value in settings.items() if name in known})
+
+
+def _compile(program: Program, settings: dict[str, Any]) -> fx.GraphModule:
+    import torch_tensorrt
+
     with _quiet():
-        return torch_tensorrt.dynamo.compile(program.exported, inputs=inputs, **settings)
+        return torch_tensorrt.dynamo.compile(program.exported, inputs=_inputs(program), **settings)
 
 
 @contextmanager
@@ -177,10 +257,11 @@ def _only_engine(compiled: fx.GraphModule) -> tuple[bytes, dict[str, Any]] | Non
     return bytes(module.serialized_engine), manifest
 
 
-def _serialise(compiled: fx.GraphModule, program: Program) -> bytes:
+def _serialise(compiled: fx.GraphModule, program: Program, device: torch.device) -> bytes:
     import torch_tensorrt
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "program.ep"
-        torch_tensorrt.save(compiled, str(path), output_format="exported_program", arg_inputs=list(program.inputs))
+        examples = [torch.zeros_like(example, device=device) for example in program.inputs]
+        torch_tensorrt.save(compiled, str(path), output_format="exported_program", arg_inputs=examples)
         return path.read_bytes()

@@ -1,0 +1,97 @@
+"""Fingerprints: what no version counter records, compared without waiting."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from torchaccel import fingerprint as module
+from torchaccel.fingerprint import PendingCheck, differs, equal, fingerprint
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_equal_bits_give_equal_prints_and_a_changed_or_exchanged_value_another(data: Any) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64]))
+    size = data.draw(st.integers(1, 40))
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).mul(50).to(dtype)
+    before = fingerprint([tensor])
+    assert equal(fingerprint([tensor.clone()]), before)
+    place = data.draw(st.integers(0, size - 1))
+    changed = tensor.clone()
+    raw = changed.view(torch.uint8)
+    byte = place * tensor.element_size() + data.draw(st.integers(0, tensor.element_size() - 1))
+    raw[byte] ^= 1 << data.draw(st.integers(0, 7))
+    assert not equal(fingerprint([changed]), before)
+    other = data.draw(st.integers(0, size - 1))
+    swapped = tensor.clone()
+    swapped[place], swapped[other] = tensor[other], tensor[place]
+    assert equal(fingerprint([swapped]), before) == torch.equal(swapped.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_fingerprint_takes_tensors_of_any_kind() -> None:
+    tensors = [
+        torch.empty(0), torch.tensor(1.5), torch.tensor(True), torch.zeros(3, dtype=torch.uint8), torch.randn(3, 5).T,
+        torch.randn(2, 2, dtype=torch.complex64), torch.zeros(5, dtype=torch.float8_e4m3fn),
+        nn.Parameter(torch.ones(2)),
+    ]  # fmt: skip
+    prints = fingerprint(tensors)
+    assert equal(fingerprint([tensor.detach().clone() for tensor in tensors]), prints)
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            changed = [other.detach().clone().contiguous() for other in tensors]
+            changed[index].view(-1)[-1:].view(torch.uint8)[-1] ^= 1
+            assert not equal(fingerprint(changed), prints)
+    assert fingerprint([]) == ()
+    assert fingerprint([torch.empty(0)])[0].tolist() == [0]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (16,), (17,), (64, 1), (3, 40, 5), (100, 100), (15, 1, 16, 0, 33)])
+def test_what_is_summed_at_a_time_is_bounded_and_no_byte_is_lost(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16)
+    parts = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+    chunks = list(module._chunks(parts))
+    assert all(sum(piece.numel() for piece in chunk) <= 16 for chunk in chunks)
+    assert torch.equal(torch.cat([piece for chunk in chunks for piece in chunk]), torch.cat(parts))
+    before = fingerprint(parts)
+    for part in parts:
+        for place in range(part.numel()):
+            part[place] ^= 4
+            assert not equal(fingerprint(parts), before)
+            part[place] ^= 4
+    assert equal(fingerprint(parts), before)
+
+
+def test_zero_and_minus_zero_and_two_nans_of_other_bits_have_different_prints() -> None:
+    assert not equal(fingerprint([torch.tensor([0.0])]), fingerprint([torch.tensor([-0.0])]))
+    quiet, other = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (0x7FC00000, 0x7FC00001))
+    assert not equal(fingerprint([quiet]), fingerprint([other]))
+    assert equal(fingerprint([quiet]), fingerprint([quiet.clone()]))
+
+
+def test_a_pending_check_gives_its_result_once() -> None:
+    one, other = fingerprint([torch.zeros(3)]), fingerprint([torch.ones(3)])
+    check = PendingCheck()
+    assert check.take() is None
+    for then, expected in ((one, False), (other, True)):
+        check.start(one, then)
+        assert check.is_under_way
+        assert check.take() is expected
+        assert check.take() is None
+    check.start(one, other)
+    check.forget()
+    assert check.take() is None
+
+
+def test_prints_of_other_sizes_differ() -> None:
+    one, none = fingerprint([torch.zeros(3)]), fingerprint([])
+    assert differs(one, none) is None
+    assert not equal(one, none)
+    check = PendingCheck()
+    check.start(one, none)
+    assert check.take() is True

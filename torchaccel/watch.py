@@ -1,0 +1,107 @@
+"""The detection of change: whether a module's tensors are the ones seen last."""
+
+import itertools
+import operator
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from torchaccel.fingerprint import Fingerprint, fingerprint
+from torchaccel.helper import helper
+
+_watches: "weakref.WeakSet[WeightWatch]" = weakref.WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    for watch in tuple(_watches):
+        watch.note_step(stepped)
+
+
+class WeightWatch:
+    """Tells, cheaply, whether a module's tensors are the ones seen last.
+
+    `changed()` compares the identity of every submodule, parameter and buffer, the address and version counter of
+    every tensor, and asks whether an optimizer has stepped since (fused optimizers bump no version). What PyTorch does
+    not track, only `fingerprint` sees.
+    """
+
+    _hooked = False
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._stepped = False
+        if not WeightWatch._hooked:
+            register_optimizer_step_post_hook(_after_step)
+            WeightWatch._hooked = True
+        _watches.add(self)
+        self.accept()
+
+    def accept(self) -> None:
+        """Take the module as it is now for the state to compare with."""
+        self._stepped = False
+        self._dicts: tuple[dict[str, Any], ...] = tuple(
+            place for child in self._module.modules() for place in (child._modules, child._parameters, child._buffers)
+        )
+        self._names = [name for place in self._dicts for name in place]
+        self._held = tuple(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+        self._tensors = tuple(item for item in self._held if isinstance(item, torch.Tensor))
+        self._tensor_ids = set(map(id, self._tensors))
+        self._tracked = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        self._versions = list(map(_version, self._tracked))
+        self._shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._tensors]
+        self._snapshot: bytes | None = helper.module.snapshot(self._tensors) if helper.module else None
+
+    def changed(self) -> bool:
+        """Whether anything that PyTorch tracks differs from what was accepted last."""
+        if self._stepped:
+            return True
+        compiled = helper.module
+        if compiled is None:
+            return self._changed_in_python()
+        if self._snapshot is None:  # the helper came after `accept`
+            snapshot = compiled.snapshot(self._tensors)
+            if self._changed_in_python():
+                return True
+            self._snapshot = snapshot
+        return not compiled.same(self._dicts, self._held, self._tensors, self._snapshot)
+
+    def _changed_in_python(self) -> bool:
+        """Every loop over the tensors runs in C: this is a part of each call."""
+        held = itertools.chain.from_iterable(map(dict.values, self._dicts))
+        return (
+            sum(map(len, self._dicts)) != len(self._held)
+            or not all(map(operator.is_, held, self._held))
+            or list(map(_version, self._tracked)) != self._versions
+            or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
+        )
+
+    def structure_changed(self) -> bool:
+        """Whether the change is more than new values: another set of modules, names, shapes, dtypes or devices."""
+        fresh = WeightWatch.__new__(WeightWatch)
+        fresh._module = self._module
+        fresh.accept()
+        same_modules = [m for m in self._held if isinstance(m, torch.nn.Module)] == [
+            m for m in fresh._held if isinstance(m, torch.nn.Module)
+        ]
+        return not same_modules or fresh._names != self._names or fresh._shapes != self._shapes
+
+    def note_step(self, stepped: set[int]) -> None:
+        """An optimizer that holds the parameters with these identities has stepped."""
+        if not self._tensor_ids.isdisjoint(stepped):
+            self._stepped = True
+
+    def is_trainable(self) -> bool:
+        """Whether any of the module's tensors requires grad."""
+        return any(map(_requires_grad, self._tensors))
+
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of all tensors of the module, as they are when the current stream comes to it."""
+        return fingerprint(self._tensors)
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+_version = operator.attrgetter("_version")
