@@ -1,5 +1,8 @@
 """The speed that is promised, on a Hopper GPU with TensorRT-RTX: medians of one run, side by side."""
 
+import time
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -17,13 +20,11 @@ REPLAY_MS = {
 CALL_OVER_REPLAY_MS = 0.04
 FP16_OVER_STRICT_FP32 = 4.0
 
-pytestmark = [
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="the figures are a Hopper GPU's (compute capability 9.0)",
-    ),
-    pytest.mark.filterwarnings("default::torchaccel.MeasurementWarning"),
-]
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the figures are a Hopper GPU's (compute capability 9.0)",
+)
+pytestmark = [on_hopper, pytest.mark.filterwarnings("default::torchaccel.MeasurementWarning")]
 
 
 @pytest.mark.parametrize(("backend", "batch"), REPLAY_MS)
@@ -52,3 +53,121 @@ def test_fp16_against_strict_fp32() -> None:
     gain = times["module"].median_ms / times["engine"].median_ms
     print(f"fp16 over strict fp32 eager at batch 32: {gain:.2f}")
     assert gain >= FP16_OVER_STRICT_FP32
+
+
+@pytest.mark.parametrize("backend", ["torch_tensorrt", "onnx_tensorrt"])
+def test_a_dynamic_engine_is_within_a_tenth_of_the_static_one_at_opt(backend: str) -> None:
+    need(backend)
+    module = ZOO["resnet18"].module().cuda()
+    static = torchaccel.compile(module, "fp16", backend=backend)
+    dynamic = torchaccel.compile(module, "fp16", backend=backend, dynamic_batch=(1, 32, 64))
+    x = torch.randn(32, 3, 224, 224, device="cuda")
+    with torch.inference_mode():
+        runs = {"static": static.runner_for(x).replay, "dynamic": dynamic.runner_for(x).replay}
+        times = torchaccel.compare(runs).timings
+    ratio = times["dynamic"].median_ms / times["static"].median_ms
+    print(f"{backend}: the dynamic engine takes {ratio:.3f} of the static one's time at opt")
+    assert ratio <= 1.1
+
+
+# --- host to host ---
+
+STREAM_SHARE = 0.97
+FROM_PAGEABLE_SHARE = 0.9
+FASTER_THAN_A_LOOP = 5.0
+
+
+class TakesHalf(torch.nn.Module):
+    """A network in fp16: its inputs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ZOO["resnet18"].module().half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Bytes on the GPU as what the network was trained on."""
+    return (images.half() - 116.0) / 58.0
+
+
+def stream_ms(
+    model: torchaccel.CompiledModule, buffer: torch.Tensor, preprocess: Callable[..., torch.Tensor] | None = None
+) -> float:
+    """Milliseconds a batch, the median of five rounds; a pinned buffer is filled anew for each batch."""
+    content = buffer.clone()
+
+    def source(count: int) -> Iterator[torch.Tensor]:
+        for _ in range(count):
+            yield buffer.copy_(content) if buffer.is_pinned() else buffer
+
+    rounds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in model.stream(source(60), preprocess):
+            pass
+        rounds.append((time.perf_counter() - started) / 60 * 1e3)
+    return sorted(rounds[1:])[2]
+
+
+@pytest.mark.parametrize("batch", [32, 128])
+@pytest.mark.parametrize("source", ["pinned bytes", "pinned fp16"])
+def test_stream_runs_at_the_speed_of_the_engine(source: str, batch: int) -> None:
+    need("onnx_tensorrt")
+    module = TakesHalf().cuda()
+    model = torchaccel.compile(module, "fp16", backend="onnx_tensorrt")
+    x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.float16)
+    engine = torchaccel.measure(model.runner_for(x).replay).median_ms
+    if source == "pinned bytes":
+        buffer = torch.randint(0, 256, x.shape, dtype=torch.uint8).pin_memory()
+        took = stream_ms(model, buffer, normalise)
+    else:
+        took = stream_ms(model, x.cpu().pin_memory())
+    print(f"{source} at batch {batch}: {took:.3f} ms a batch, {engine / took:.3f} of the engine's {engine:.3f} ms")
+    assert engine / took >= STREAM_SHARE
+
+
+@torch.no_grad()
+def loop_ms(model: torch.nn.Module, x: torch.Tensor) -> float:
+    """Milliseconds a batch of a loop of .cuda(), model, .cpu()."""
+    for _ in range(3):
+        model(x.cuda()).cpu()
+    started = time.perf_counter()
+    for _ in range(20):
+        model(x.cuda()).cpu()
+    return (time.perf_counter() - started) / 20 * 1e3
+
+
+def copy_ms(target: torch.Tensor, source: torch.Tensor) -> float:
+    """Milliseconds of one copy."""
+    target.copy_(source)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / 20 * 1e3
+
+
+@pytest.mark.parametrize("backend", ["onnx_tensorrt", "inductor"])
+def test_stream_from_pageable_memory(backend: str) -> None:
+    need(backend)
+    module = ZOO["resnet18"].module().cuda()
+    x = torch.randn(32, 3, 224, 224)
+    loop = loop_ms(module, x)
+    model = torchaccel.compile(module, "fp16", backend=backend)
+    engine = torchaccel.measure(model.runner_for(x.cuda()).replay).median_ms
+    took = stream_ms(model, x)
+    pinned = torch.empty_like(x, pin_memory=True)
+    staging, over = copy_ms(pinned, x), copy_ms(torch.empty_like(x, device="cuda"), pinned)
+    floor = max(engine, over, staging)
+    print(
+        f"{backend}: {took:.3f} ms a batch; the loop {loop:.3f} ({loop / took:.2f} times); engine {engine:.3f}, host "
+        f"copy {staging:.3f}, PCIe {over:.3f}: {floor / took:.3f} of what these allow"
+    )
+    assert floor / took >= FROM_PAGEABLE_SHARE
+    if backend == "inductor":
+        assert loop / took >= FASTER_THAN_A_LOOP
