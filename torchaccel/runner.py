@@ -118,6 +118,7 @@ class Runner:
         self.record = RunnerRecord(signature, graph=False)
         self._is_cuda = pool.device.type == "cuda"
         self._engine = engine
+        self._graph_wanted = cuda_graph
         self._dtypes = tuple(dtypes)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[torch.Tensor, ...] = ()
@@ -163,9 +164,22 @@ class Runner:
 
     def own_results(self) -> list[torch.Tensor]:
         """Run, and copy the results out into tensors of the caller's own; hold the pool's turn."""
+        self.count_call()
+        return self.own(self.run())
+
+    def count_call(self) -> None:
+        """Count a call that this runner, or a twin of it, serves; hold the pool's turn."""
         self.record.calls += 1
         self.pool.calls += 1
-        return [_own(result, dtype) for result, dtype in zip(self.run(), self._dtypes, strict=True)]
+
+    def own(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of an engine's results, in the dtypes that the module would return."""
+        return [_own(result, dtype) for result, dtype in zip(results, self._dtypes, strict=True)]
+
+    def twin(self) -> "Runner":
+        """One more runner of this signature on the same engine, with buffers and a graph of its own."""
+        engine, signature = self._engine.another(), self.record.signature
+        return Runner(engine, self._inputs, self._dtypes, self.outputs, self.pool, signature, self._graph_wanted)
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """Run the engine on the static buffers; hold the pool's turn. A graph overwrites its last results."""

@@ -1,5 +1,6 @@
 """The host-to-host ring behind `stream()`: copy in, compute and copy out overlap, outputs come in order."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torchaccel.runner import Runner
 from torchaccel.signature import Call, read_call
 
 SLOTS = 3
+LANES = 2
 
 Preprocess = Callable[..., Any]
 
@@ -52,8 +54,7 @@ class _Slot:
     """One place in the ring: the events that order its steps, its pinned buffers, and the call that it serves."""
 
     copied_in: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    ready: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    computed: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    decoded: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     copied_out: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     pinned: dict[Any, torch.Tensor] = field(default_factory=dict)
     results: list[torch.Tensor] = field(default_factory=list)
@@ -67,8 +68,20 @@ class _Slot:
         return self.pinned[key]
 
 
+@dataclass
+class _Lane:
+    """A runner that belongs to the ring: its buffers are filled while the other lane's engine runs."""
+
+    runner: Runner
+    filled: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    computed: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    emptied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+
+
 class Ring:
     """Slots on three streams: while one copies in and is preprocessed, another computes and a third copies out.
+
+    Engines run in two lanes, runners of the ring's own: while one computes, the other's buffers are filled.
 
     `find` gives the runner of a call whose tensors are on the device.
     """
@@ -78,6 +91,7 @@ class Ring:
         self._find = find
         self._preprocess = preprocess
         self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
+        self._lanes: weakref.WeakKeyDictionary[Runner, deque[_Lane]] = weakref.WeakKeyDictionary()
 
     def serve(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The result of each batch, in order, on the CPU.
@@ -117,23 +131,50 @@ class Ring:
             with torch.cuda.stream(self._copy_in):
                 on_device = [self._copy(slot, index, leaf) for index, leaf in enumerate(leaves)]
                 slot.copied_in.record(self._copy_in)
-                # Beside the engine, which works on the batch before: its own stream would wait for the decoding.
                 args, kwargs = pytree.tree_unflatten(on_device, spec)
                 call = read_call(*preprocessed(args, kwargs, self._preprocess))
-                slot.ready.record(self._copy_in)
+                slot.decoded.record(self._copy_in)
             with torch.cuda.stream(self._compute):
-                self._compute.wait_event(slot.ready)
-                results = self._run(slot, call)
-                slot.computed.record(self._compute)
-            with torch.cuda.stream(self._copy_out):
-                self._copy_out.wait_event(slot.computed)
-                slot.results = [_copy_out(result, self._copy_out) for result in results]
-                slot.copied_out.record(self._copy_out)
-        for tensor in call.tensors:
-            if tensor.is_cuda:
-                tensor.record_stream(self._compute)
+                self._compute.wait_event(slot.decoded)
+                runner = self._find(call)  # which may build an engine, or refresh the weights
+            self._run(slot, call, runner)
         if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.is_pinned() for leaf in leaves):
             slot.copied_in.synchronize()  # the source may fill its own pinned buffer anew for the next batch
+
+    def _run(self, slot: _Slot, call: Call, runner: Runner) -> None:
+        """Fill a lane, run its engine and copy its results out, each on its own stream."""
+        lane = self._next_lane(runner)
+        with torch.cuda.stream(self._copy_in):
+            self._copy_in.wait_event(lane.emptied)
+            lane.runner.load_inputs(call.tensors)
+            lane.filled.record(self._copy_in)
+        with torch.cuda.stream(self._compute), runner.pool.turn():
+            self._compute.wait_event(lane.filled)
+            results = lane.runner.run()
+            runner.count_call()
+            lane.computed.record(self._compute)
+        with torch.cuda.stream(self._copy_out):
+            self._copy_out.wait_event(lane.computed)
+            slot.results = [_copy_out(result) for result in lane.runner.own(results)]
+            for result in results:
+                result.record_stream(self._copy_out)
+            inputs = call.tensors if runner.outputs.reads_inputs else ()
+            handed_back = [_copy_out(tensor) if tensor.is_cuda else tensor for tensor in inputs]
+            for tensor in inputs:
+                tensor.record_stream(self._copy_out)
+            lane.emptied.record(self._copy_out)
+            slot.copied_out.record(self._copy_out)
+        slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.clone() for tensor in handed_back])
+
+    def _next_lane(self, runner: Runner) -> _Lane:
+        """The one of a runner's two lanes that was used longer ago; they are made when they are first needed."""
+        lanes = self._lanes.get(runner)
+        if lanes is None:
+            with torch.cuda.stream(self._compute):
+                lanes = self._lanes[runner] = deque(_Lane(runner.twin()) for _ in range(LANES))
+            self._copy_in.wait_stream(self._compute)  # their buffers were just made there
+        lanes.rotate()
+        return lanes[0]
 
     def _copy(self, slot: _Slot, index: int, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -142,21 +183,10 @@ class Ring:
             leaf = slot.staging(index, leaf).copy_(leaf)
         return leaf.to(self._device, non_blocking=True)
 
-    def _run(self, slot: _Slot, call: Call) -> list[torch.Tensor]:
-        runner = self._find(call)
-        inputs = call.tensors if runner.outputs.reads_inputs else ()
-        slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.cpu() for tensor in inputs])
-        with runner.pool.turn():
-            runner.load_inputs(call.tensors)
-            return runner.own_results()
-
     def _finish(self, slot: _Slot) -> Any:
         slot.copied_out.synchronize()
         return slot.assemble([result.clone() for result in slot.results])
 
 
-def _copy_out(result: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
-    target = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-    target.copy_(result, non_blocking=True)
-    result.record_stream(stream)
-    return target
+def _copy_out(result: torch.Tensor) -> torch.Tensor:
+    return torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)

@@ -114,7 +114,7 @@ def test_with_refreshes_between_each_result_is_of_exactly_one() -> None:
 
     def refresh() -> None:
         nonlocal refreshed
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             while not done.is_set():
                 torch._foreach_copy_(list(module.parameters()), states[refreshed % len(states)])
                 model.refresh()

@@ -1,5 +1,7 @@
 """New weights on the GPU: taken at the next call, bit for bit, by every backend."""
 
+import copy
+
 import pytest
 import torch
 
@@ -85,6 +87,7 @@ def test_a_write_that_pytorch_does_not_track_is_found_without_waiting(backend: s
         torch.cuda.synchronize()
         module.fc.weight.data.mul_(-2)
         with no_synchronisation():
+            torch.cuda._sleep(500_000_000)  # the result of the check comes after these calls
             for _ in range(6):
                 model(x)
         torch.cuda.synchronize()
@@ -100,11 +103,14 @@ def test_weights_live_once_for_all_signatures() -> None:
     module = ZOO["resnet18"].module().cuda()
     weights_mib = sum(p.numel() for p in module.parameters()) * 2 / 2**20
     model = torchaccel.compile(module, "fp16", backend="eager", cuda_graph=False)
+    with torch.inference_mode():  # the libraries' workspaces, which stay
+        copy.deepcopy(module).half()(torch.randn(1, 3, 64, 64, device="cuda", dtype=torch.half))
+        module(torch.randn(1, 3, 64, 64, device="cuda"))
     held = [torch.cuda.memory_allocated() / 2**20]
     with torch.inference_mode():
         for batch in (1, 2, 3):
             model(torch.randn(batch, 3, 64, 64, device="cuda"))
             torch.cuda.synchronize()
             held.append(torch.cuda.memory_allocated() / 2**20)
-    assert held[1] - held[0] < weights_mib + 12  # cuDNN's and cuBLAS's workspaces
+    assert weights_mib - 1 < held[1] - held[0] < weights_mib + 2
     assert held[3] - held[1] < 1
