@@ -125,6 +125,7 @@ def capture(
     folded = fold_batch_norm(exported, rules)
     rules = {name: rules[name] for name in (str(spec.target) for spec, _ in weight_nodes(exported))}
     drop_weights(exported, rules)  # the prepared copy's, which the folded graph would read wrongly
+    _release(flat.module, exported)
     return Program(
         exported,
         rules,
@@ -135,6 +136,15 @@ def capture(
         folded=folded,
         operators=count_operators(exported.graph),
     )
+
+
+def _release(prepared: nn.Module, exported: ExportedProgram) -> None:
+    """Give the prepared copy's memory back now: tracing leaves cycles that would hold it until they are collected."""
+    held = [*exported.state_dict.values(), *exported.constants.values()]
+    kept = {tensor.untyped_storage()._cdata for tensor in held if isinstance(tensor, torch.Tensor)}
+    for tensor in (*prepared.parameters(), *prepared.buffers()):
+        if tensor.untyped_storage()._cdata not in kept:
+            tensor.untyped_storage().resize_(0)
 
 
 def _warn_of_loose_tensors(exported: ExportedProgram, module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The host-to-host ring behind `stream()`: copy in, compute and copy out overlap, outputs come in order."""
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -78,6 +79,29 @@ class _Lane:
     emptied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
 
+_spare: "weakref.WeakKeyDictionary[Runner, list[_Lane]]" = weakref.WeakKeyDictionary()
+_spare_lock = threading.Lock()
+
+
+def _take_lane(runner: Runner) -> _Lane:
+    """A lane of a runner: one of an earlier stream where there is one to spare, else a new one."""
+    with _spare_lock:
+        spare = _spare.get(runner)
+        if spare:
+            return spare.pop()
+    lane = _Lane(runner.twin())
+    runner.record.device_mib += lane.runner.record.device_mib
+    return lane
+
+
+def _give_back(lanes: dict[Runner, deque[_Lane]]) -> None:
+    """Keep lanes for the next stream, for as long as their runners live."""
+    with _spare_lock:
+        for runner, used in lanes.items():
+            _spare.setdefault(runner, []).extend(used)
+    lanes.clear()
+
+
 class Ring:
     """Slots on three streams: while one copies in and is preprocessed, another computes and a third copies out.
 
@@ -91,7 +115,7 @@ class Ring:
         self._find = find
         self._preprocess = preprocess
         self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
-        self._lanes: weakref.WeakKeyDictionary[Runner, deque[_Lane]] = weakref.WeakKeyDictionary()
+        self._lanes: dict[Runner, deque[_Lane]] = {}
 
     def serve(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The result of each batch, in order, on the CPU.
@@ -99,6 +123,12 @@ class Ring:
         At most three batches are in flight; further ones are not read until a result is taken. An exception, of the
         source or of the model, is raised where the result of its batch would have come.
         """
+        try:
+            yield from self._serve(batches)
+        finally:
+            _give_back(self._lanes)
+
+    def _serve(self, batches: Iterable[Any]) -> Iterator[Any]:
         free = deque(_Slot() for _ in range(SLOTS))
         busy: deque[_Slot] = deque()
         failure: BaseException | None = None
@@ -167,14 +197,15 @@ class Ring:
         slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.clone() for tensor in handed_back])
 
     def _next_lane(self, runner: Runner) -> _Lane:
-        """The one of a runner's two lanes that was used longer ago; they are made when they are first needed."""
-        lanes = self._lanes.get(runner)
-        if lanes is None:
+        """The one of a runner's two lanes that was used longer ago; each is made when it is first needed."""
+        lanes = self._lanes.setdefault(runner, deque())
+        if len(lanes) < LANES:
             with torch.cuda.stream(self._compute):
-                lanes = self._lanes[runner] = deque(_Lane(runner.twin()) for _ in range(LANES))
-            self._copy_in.wait_stream(self._compute)  # their buffers were just made there
-        lanes.rotate()
-        return lanes[0]
+                lanes.append(_take_lane(runner))
+            self._copy_in.wait_stream(self._compute)  # where its buffers were made
+        else:
+            lanes.rotate()
+        return lanes[-1]
 
     def _copy(self, slot: _Slot, index: int, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):

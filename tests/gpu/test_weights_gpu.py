@@ -112,5 +112,5 @@ def test_weights_live_once_for_all_signatures() -> None:
             model(torch.randn(batch, 3, 64, 64, device="cuda"))
             torch.cuda.synchronize()
             held.append(torch.cuda.memory_allocated() / 2**20)
-    assert weights_mib - 1 < held[1] - held[0] < weights_mib + 2
+    assert weights_mib - 1 < held[1] - held[0] < weights_mib + 4
     assert held[3] - held[1] < 1

@@ -179,11 +179,28 @@ def _convert(
     lowered = post_lowering(decomposed.module(check_guards=False), chosen)
     results = pytree.tree_leaves(next(node for node in lowered.graph.nodes if node.op == "output").args)
     dtypes = infer_module_output_dtypes(lowered)
-    built = TRTInterpreter(lowered, _inputs(program), dtypes, compilation_settings=chosen).run()
+    interpreter = TRTInterpreter(lowered, _inputs(program), dtypes, compilation_settings=chosen)
+    if program.batch is not None:
+        _add_profile_at_best(interpreter, program)
+    built = interpreter.run()
     if len(set(results)) != len(results) or len(built.output_names) != len(results):
         return None
     manifest = {"inputs": list(enumerate(built.input_names)), "outputs": list(built.output_names)}
     return bytes(built.engine.serialize()), manifest
+
+
+def _add_profile_at_best(interpreter: Any, program: Program) -> None:
+    """Give the network, once it is defined, a profile of the optimal shapes alone: see `trt.build_from_onnx`."""
+    define = interpreter._construct_trt_network_def
+
+    def define_with_profile() -> None:
+        define()
+        shapes = [(name, program.shapes(index)) for index, name in enumerate(interpreter._input_names)]
+        moving = [(name, best, best, best) for name, (low, best, high) in shapes if low != high]
+        if moving:
+            interpreter.optimization_profiles.insert(0, trt.optimization_profile(interpreter.builder, moving))
+
+    interpreter._construct_trt_network_def = define_with_profile
 
 
 def _compilation_settings(settings: dict[str, Any]) -> Any:
