@@ -1,5 +1,6 @@
 """torch.export of a prepared module: flat tensors in, a tuple of tensors out, and a batch that may vary."""
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,25 @@ def test_a_batch_is_made_longer_by_repeating_its_rows_and_shorter_by_cutting(row
     assert same is other
     assert resized.shape == (size, 2)
     assert all(torch.equal(resized[i], x[i % rows] if rows else torch.zeros(2)) for i in range(size))
+
+
+def test_modules_are_captured_in_several_threads_at_once() -> None:
+    captured(
+        nn.Linear(4, 2), torch.ones(3, 4)
+    )  # PyTorch 2.11 crashes where its first export is one of several threads'
+    done: list[Any] = []
+
+    def work(width: int) -> None:
+        try:
+            for rows in (2, 3, 5):
+                module = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width))
+                done.append(captured(module, torch.randn(rows, 4)).operators["aten.linear.default"])
+        except BuildError as error:
+            done.append(error)
+
+    threads = [threading.Thread(target=work, args=(width,)) for width in (2, 3, 4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [2] * 12

@@ -3,6 +3,7 @@
 import configparser
 import email
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -68,6 +69,28 @@ def test_the_wheel_is_for_every_platform_and_has_the_command(wheel: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "torchaccel = torchaccel.__main__:main" in archive.read(name).decode()
+
+
+def test_torch_compile_finds_the_installed_backend_by_its_name(wheel: Path, tmp_path: Path) -> None:
+    script = """
+import torch
+module, x = torch.nn.Linear(4, 2), torch.ones(3, 4)
+assert "torchaccel" in torch.compiler.list_backends()
+fast = torch.compile(module, backend="torchaccel", options={"precision": "fp32", "backend": "eager"})
+with torch.no_grad():
+    assert torch.equal(fast(x), module(x))
+import torchaccel
+(model,) = torchaccel.dynamo.models()
+assert model.report().calls_by_engine == 1
+print(torchaccel.__file__)
+"""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)  # what pip does with a wheel of Python alone
+    command = [sys.executable, "-W", "error", "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
 
 
 def test_the_metadata_has_the_extras(metadata: Message) -> None:

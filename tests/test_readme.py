@@ -1,5 +1,6 @@
 """README.md: its tables are those of the result files, its commands are commands, its examples run."""
 
+import configparser
 import doctest
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from torch._dynamo.backends import registry
 
 import torchaccel
 from benchmarks import readme_table, results_file
@@ -202,7 +204,22 @@ def test_every_backend_has_its_row():
         assert f"\n| `{row.name}` |" in README
 
 
-def test_the_examples_run(monkeypatch, capsys):
+@pytest.fixture
+def entry_points(tmp_path, monkeypatch):
+    """The package's entry points where Python looks for those of what is installed, which a checkout is not."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folder = tmp_path / "torchaccel-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torchaccel\nVersion: 0.1.0\n")
+    groups = setup["options.entry_points"].items()
+    (folder / "entry_points.txt").write_text("".join(f"[{name}]{lines}\n" for name, lines in groups))
+    monkeypatch.syspath_prepend(tmp_path)
+    for cached in (registry._lazy_import, registry._discover_entrypoint_backends):
+        cached.cache_clear()
+
+
+def test_the_examples_run(monkeypatch, capsys, entry_points):
     """As one session, on a small network in the place of ResNet-18."""
     monkeypatch.setattr(torchvision.models, "resnet18", lambda: small_conv_net(1000))
     if not torch.cuda.is_available():

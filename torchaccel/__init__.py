@@ -7,6 +7,7 @@
 torch.Size([3, 2])
 """
 
+from torchaccel import dynamo
 from torchaccel.compiled import CompiledModule
 from torchaccel.compiler import backends, compile
 from torchaccel.environment import environment
@@ -39,6 +40,7 @@ __all__ = [
     "backends",
     "compare",
     "compile",
+    "dynamo",
     "environment",
     "measure",
 ]

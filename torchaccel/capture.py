@@ -219,7 +219,7 @@ def _export(
         batch = Dim("batch", min=dynamic_batch[0], max=dynamic_batch[2])
         shapes = (tuple({0: batch} if is_batched else None for is_batched in batched),)
     try:
-        with quiet():
+        with quiet(), _one_at_a_time():
             return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
     except TorchAccelError:
         raise
@@ -229,6 +229,15 @@ def _export(
             f"torch.export could not capture {type(flat.module).__name__} {what}({type(error).__name__}): "
             f"{str(error).strip()}"
         ) from error
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Export in one thread at a time, and in none while Dynamo compiles: both keep state that the process shares."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        yield
 
 
 def _held(exported: ExportedProgram, name: str) -> dict[str, Any]:
