@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from torchaccel.fingerprint import fingerprint
 from torchaccel.signature import PLAIN
-from torchaccel.weights import fingerprint
 
 
 def placeholders(graph: fx.GraphModule) -> list[fx.Node]:
@@ -103,7 +103,7 @@ def _values(node: fx.Node, *kinds: type) -> list[Any]:
 class _Traces(NamedTuple):
     """What a run can leave behind besides its outputs: versions and bits of its tensors, states of the generators."""
 
-    tensors: list[tuple[int | None, int]]
+    tensors: list[tuple[int | None, list[list[int]]]]
     generators: list[Any]
 
 
@@ -139,7 +139,8 @@ def _beyond_engines(arg: Any) -> str:
 
 def _traces(tensors: Sequence[torch.Tensor]) -> _Traces:
     versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-    bits = fingerprint(tensor.detach().resolve_conj().resolve_neg() for tensor in tensors)
+    plain = [tensor.detach().resolve_conj().resolve_neg() for tensor in tensors]
+    bits = [[part.tolist() for part in fingerprint([tensor])] for tensor in plain]
     gpus = {tensor.device for tensor in tensors if tensor.is_cuda}
     generators = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus)]
     return _Traces(list(zip(versions, bits, strict=True)), [state.tolist() for state in generators])
