@@ -33,6 +33,27 @@ def relative_error(y: torch.Tensor, r: torch.Tensor) -> float:
     return ((y.double() - r.double()).norm() / r.double().norm()).item()
 
 
+def images(batch: int = 2) -> torch.Tensor:
+    """A batch for a `SmallConvNet`."""
+    return torch.randn(batch, 3, 8, 8)
+
+
+def assert_fresh(model: CompiledModule, x: torch.Tensor, builds: int, refreshes: int) -> None:
+    """The model serves what the module computes now, from an engine, after so many builds and refreshes."""
+    with torch.no_grad():
+        by_module = model.report().calls_by_module
+        assert relative_error(model(x), model.module(x)) < 2e-6
+    report = model.report()
+    assert report.calls_by_module == by_module
+    assert (report.builds, report.refreshes) == (builds, refreshes)
+
+
+@torch.no_grad()
+def in_place(model: CompiledModule) -> None:
+    """Change a weight of a compiled `SmallConvNet`, as PyTorch tracks it."""
+    model.module.fc.weight.mul_(-2)
+
+
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every value of a module."""
     return copy.deepcopy(module.state_dict())

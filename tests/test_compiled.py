@@ -1,12 +1,9 @@
 """The compiled module, end to end on the CPU: a drop-in for the module that never serves stale weights."""
 
 import copy
-import gc
-import pickle
 import threading
 import time
 import warnings
-import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import Lambda, on_cpu, relative_error
+from tests.helpers import Lambda, assert_fresh, images, in_place, on_cpu, relative_error
 from tests.models import small_conv_net
 from torchaccel.compiled import CompiledModule
 from torchaccel.compiler import BACKENDS
@@ -37,20 +34,6 @@ class Result:
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def images(batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, 8, 8)
-
-
-def assert_fresh(model: CompiledModule, x: torch.Tensor, builds: int, refreshes: int) -> None:
-    """The model serves what the module computes now, from an engine, after so many builds and refreshes."""
-    with torch.no_grad():
-        by_module = model.report().calls_by_module
-        assert relative_error(model(x), model.module(x)) < 2e-6
-    report = model.report()
-    assert report.calls_by_module == by_module
-    assert (report.builds, report.refreshes) == (builds, refreshes)
 
 
 # --- what goes in and comes out ---
@@ -357,11 +340,6 @@ def step(model: CompiledModule) -> None:
     model.eval()
 
 
-@torch.no_grad()
-def in_place(model: CompiledModule) -> None:
-    model.module.fc.weight.mul_(-2)
-
-
 def load(model: CompiledModule) -> None:
     model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()})
 
@@ -600,140 +578,7 @@ def test_a_change_before_the_first_call_is_no_refresh() -> None:
     assert_fresh(model, images(), builds=1, refreshes=0)
 
 
-# --- signatures ---
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_a_shape_that_comes_back_does_not_build_again_and_the_least_recent_runner_goes() -> None:
-    model = on_cpu(small_conv_net(), max_runners=2)
-    for batch in (1, 2, 1, 3):
-        model(images(batch))
-    report = model.report()
-    assert report.builds == 3
-    assert [runner.signature for runner in report.runners] == ["float32[1, 3, 8, 8]", "float32[3, 3, 8, 8]"]
-    x = images(2)
-    assert relative_error(model(x), model.module(x)) < 2e-6
-    report = model.report()
-    assert report.builds == 3
-    assert [runner.signature for runner in report.runners] == ["float32[3, 3, 8, 8]", "float32[2, 3, 8, 8]"]
-    assert report.calls_by_engine == 5
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("sizes", [(1, 2, 8), (1, 1, 2), (2, 4, 8), (2, 2, 2)])
-def test_a_dynamic_batch_is_one_build_for_all_sizes(sizes: tuple[int, int, int]) -> None:
-    model = on_cpu(small_conv_net(), dynamic_batch=sizes)
-    for batch in (sizes[0], sizes[2], sizes[1]):
-        x = images(batch)
-        assert relative_error(model(x), model.module(x)) < 2e-6
-    assert model.report().builds == 1
-    for batch in (sizes[0] - 1, sizes[2] + 1):
-        if batch:
-            with pytest.raises(InputError, match=rf"the batch is {batch}, outside dynamic_batch="):
-                model(images(batch))
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_a_dynamic_engine_takes_new_weights_too() -> None:
-    model = on_cpu(small_conv_net(), dynamic_batch=(1, 2, 8))
-    model(images(2))
-    model(images(5))
-    in_place(model)
-    assert_fresh(model, images(5), builds=1, refreshes=1)
-    assert_fresh(model, images(3), builds=1, refreshes=1)
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_a_dynamic_batch_builds_anew_for_another_image_size() -> None:
-    model = on_cpu(small_conv_net(), dynamic_batch=(1, 2, 8))
-    model(images(2))
-    model(torch.randn(2, 3, 10, 10))
-    model(torch.randn(5, 3, 10, 10))
-    assert model.report().builds == 2
-
-
-def test_an_empty_batch_goes_through_the_module() -> None:
-    model = on_cpu(small_conv_net())
-    with torch.no_grad():
-        assert model(images(0)).shape == (0, 5)
-    assert model.report().calls_by_module == 1
-    assert model.report().builds == 0
-
-
-# --- what is shared with the module ---
-
-
-def test_state_parameters_and_attributes_are_the_module_s() -> None:
-    module = small_conv_net()
-    module.note = "a note"
-    model = on_cpu(module)
-    assert list(model.state_dict()) == list(module.state_dict())
-    assert all(a is b for a, b in zip(model.parameters(), module.parameters(), strict=True))
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in module.named_modules()]
-    assert model.fc is module.fc
-    assert model.note == "a note"
-    model.note = "another"
-    model.added = nn.Linear(1, 1)
-    model.register_buffer("table", torch.zeros(2))
-    assert module.note == "another"
-    assert "added" in dict(module.named_children())
-    assert "table" in dict(module.named_buffers())
-    del model.added
-    assert not hasattr(module, "added")
-    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
-        _ = model.nothing_of_the_kind
-    assert "SmallConvNet" in repr(model)
-    assert "fp32" in repr(model)
-    assert "eager" in repr(model)
-
-
-def test_methods_and_properties_of_the_module_are_there() -> None:
-    class WithMethods(nn.Linear):
-        @property
-        def size(self) -> int:
-            return self.in_features
-
-        def scaled(self, by: int) -> int:
-            return self.size * by
-
-    model: Any = on_cpu(WithMethods(3, 2))
-    assert model.size == 3
-    assert model.scaled(2) == 6
-    assert model.in_features == 3
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("mode", ["eval", "train", "requires grad"])
-def test_hooks_on_the_root_run_once_whoever_serves(mode: str) -> None:
-    module = Lambda(lambda self, x: self.fc(x), fc=nn.Linear(2, 2))
-    calls: list[str] = []
-
-    def before(_: nn.Module, args: Any) -> Any:
-        calls.append("before")
-        return (args[0] * 2,)
-
-    def after(_: nn.Module, args: Any, result: torch.Tensor) -> torch.Tensor:
-        calls.append("after")
-        return result + 1
-
-    module.register_forward_pre_hook(before)
-    model = on_cpu(module)
-    model.register_forward_hook(after)
-    model.train(mode == "train")
-    x = torch.ones(1, 2)
-    with torch.set_grad_enabled(mode == "requires grad"):
-        result = model(x.requires_grad_(mode == "requires grad"))
-    assert calls == ["before", "after"]
-    assert torch.allclose(result, module.fc(x * 2) + 1)
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_hooks_of_submodules_are_a_part_of_the_model() -> None:
-    module = small_conv_net()
-    module.fc.register_forward_hook(lambda _, args, result: result * 3)
-    model = on_cpu(module)
-    x = images()
-    assert relative_error(model(x), module(x)) < 2e-6
+# --- what is refused, and what is shared ---
 
 
 def test_a_module_that_writes_to_its_buffers_in_eval_mode_is_refused() -> None:
@@ -761,53 +606,6 @@ def test_a_module_can_be_compiled_several_times() -> None:
     assert_fresh(one, x, builds=1, refreshes=1)
     assert relative_error(two(x), module(x)) < 5e-2
     assert two.report().refreshes == 1
-
-
-def pickled(model: CompiledModule) -> CompiledModule:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
-def test_a_copy_has_a_module_and_engines_of_its_own_and_the_same_options(duplicate: Callable[[Any], Any]) -> None:
-    model = on_cpu(small_conv_net(), "fp16", max_runners=3, keep_fp32=["fc"])
-    x = images()
-    before = model(x)
-    other = duplicate(model)
-    assert isinstance(other, CompiledModule)
-    assert other.module is not model.module
-    assert other._state.options == model._state.options
-    assert other.report().builds == 0
-    assert torch.equal(other(x), before)
-    in_place(other)
-    assert relative_error(other(x), before) > 0.1
-    assert torch.equal(model(x), before)
-    assert (model.report().builds, model.report().refreshes) == (1, 0)
-
-
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deepcopy", "pickle"])
-def test_a_copy_has_the_mode_of_each_submodule_and_leaves_those_of_the_original(
-    duplicate: Callable[[Any], Any],
-) -> None:
-    model = on_cpu(small_conv_net())
-    model.train()
-    model.norm.eval()
-    other = duplicate(model)
-    for either in (model, other):
-        assert either.training
-        assert either.first.training
-        assert not either.norm.training
-
-
-def test_a_dropped_model_and_its_module_are_freed() -> None:
-    module = small_conv_net()
-    model = on_cpu(module)
-    with torch.no_grad():
-        model(images())
-    dead = weakref.ref(module), weakref.ref(model)
-    del module, model
-    gc.collect()
-    assert [reference() for reference in dead] == [None, None]
 
 
 # --- threads ---

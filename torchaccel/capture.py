@@ -93,7 +93,9 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._call.arguments(tensors)
-        computed, self.found.outputs = split_outputs(self.module(*args, **kwargs), tensors)
+        # A `__call__` of the class's own runs on the compiled module, around the engine.
+        run = self.module if type(self.module).__call__ is nn.Module.__call__ else self.module.forward
+        computed, self.found.outputs = split_outputs(run(*args, **kwargs), tensors)
         return computed
 
 

@@ -16,7 +16,7 @@ from torchaccel.backends.inductor import Inductor
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
-from torchaccel.compiled import CompiledModule
+from torchaccel.compiled import ITS_OWN, CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
 from torchaccel.options import CHECK_WEIGHTS_EVERY, Options, check_module_names, make_options
 from torchaccel.precision import PRECISIONS
@@ -113,21 +113,32 @@ def compile(
     options = make_options(**arguments)
     _check_module(module, options)
     target = _device(module, options)
-    chosen, reason = choose(options, target)
-    backends: tuple[Backend, ...] = (chosen,)
-    if options.fallback is not None:
-        backends += (require_usable(BACKENDS[options.fallback], options, target),)
+    model = _compiled(module, options, target)
     module.eval()
     if module_device(module) not in (None, target):
         module.to(target)
-    report = Report(type(module).__name__, precision, describe_device(target), backend, chosen.name, reason)
-    builder = Builder(module, options, backends, WeightStore())
-    remake = functools.partial(compile, **arguments | {"keep_fp32": options.keep_fp32})
-    model = CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
     if inputs is not None:
         args, kwargs = read_batch(inputs)
         model.runner_for(*args, **kwargs)
     return model
+
+
+def _compiled(module: nn.Module, options: Options, target: torch.device) -> CompiledModule:
+    """The module in its mode and on its device, compiled for `target`."""
+    chosen, reason = choose(options, target)
+    backends: tuple[Backend, ...] = (chosen,)
+    if options.fallback is not None:
+        backends += (require_usable(BACKENDS[options.fallback], options, target),)
+    name = type(module).__name__
+    report = Report(name, options.precision, describe_device(target), options.backend, chosen.name, reason)
+    builder = Builder(module, options, backends, WeightStore())
+    remake = functools.partial(_remade, options)
+    return CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
+
+
+def _remade(options: Options, module: nn.Module) -> CompiledModule:
+    """A copy, or what a pickle held, compiled anew: in the mode that it has, for the device that its tensors are on."""
+    return _compiled(module, options, module_device(module) or _device(module, options))
 
 
 def choose(options: Options, device: torch.device) -> tuple[Backend, str]:
@@ -150,7 +161,7 @@ def choose(options: Options, device: torch.device) -> tuple[Backend, str]:
     if options.partial:
         raise OptionError("partial=True belongs to torch_tensorrt, which is not usable here. " + "; ".join(reasons))
     because = f"because {'; '.join(reasons)}"
-    warnings.warn(f"backend='auto' serves through {name}, {because}", BackendWarning, stacklevel=3)
+    warnings.warn(f"backend='auto' serves through {name}, {because}", BackendWarning, stacklevel=4)
     return BACKENDS[name], because
 
 
@@ -175,6 +186,17 @@ def _check_module(module: nn.Module, options: Options) -> None:
         raise OptionError("module is compiled already; compile its `.module` to change options.")
     if not isinstance(module, nn.Module):
         raise OptionError(f"module is a {type(module).__qualname__}; allowed is a torch.nn.Module.")
+    for name, child in module.named_modules():
+        if isinstance(child, CompiledModule):
+            raise OptionError(f"its submodule {name!r} is compiled already: put its `.module` there, and compile all.")
+    hidden = [name for name in ITS_OWN if hasattr(module, name)]
+    if hidden:
+        warnings.warn(
+            f"{type(module).__name__} has attributes that the compiled module has too ({', '.join(hidden)}): "
+            f"the module's are under `.module`, such as `model.module.{hidden[0]}`.",
+            BackendWarning,
+            stacklevel=3,
+        )
     check_module_names(module, options.keep_fp32)
 
 
