@@ -18,7 +18,7 @@ from torchaccel.errors import BackendWarning, BuildError
 from torchaccel.report import Report
 from torchaccel.runner import Runner
 from torchaccel.signature import Call, read_call
-from torchaccel.state import State
+from torchaccel.state import State, module_device
 
 
 @delegating
@@ -73,11 +73,11 @@ class CompiledModule(nn.Module):
         call = read_call(args, kwargs)
         if torch.is_grad_enabled():
             if any(tensor.requires_grad for tensor in call.tensors):
-                return self._run_module(args, kwargs)
+                return self._run_moved(call, args, kwargs)
             if not state.warned_of_gradients and state.watch.is_trainable():
                 self._warn_of_gradients()
         if any(tensor.numel() == 0 for tensor in call.tensors):
-            return self._run_module(args, kwargs)
+            return self._run_moved(call, args, kwargs)
         state.check_weights()
         if DistributedDataParallel._active_ddp_module is not None:
             state.check_untracked()  # it has just sent the first process's buffers, which PyTorch 2.14 does not track
@@ -159,6 +159,14 @@ class CompiledModule(nn.Module):
     def _run_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._state.report.calls_by_module += 1
         return self._state.module.forward(*args, **kwargs)
+
+    def _run_moved(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module on inputs from the host too, whose results go back there, as an engine's do."""
+        device = module_device(self._state.module) or self._state.device
+        if all(tensor.device == device for tensor in call.tensors):
+            return self._run_module(args, kwargs)
+        result = self._run_module(*_moved((args, kwargs), device))
+        return _moved(result, torch.device("cpu")) if all(tensor.is_cpu for tensor in call.tensors) else result
 
     def _warn_of_gradients(self) -> None:
         self._state.warned_of_gradients = True
