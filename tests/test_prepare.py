@@ -13,7 +13,7 @@ from tests.helpers import Lambda, captured, on_cpu, relative_error, same_values,
 from tests.models import small_conv_net
 from torchaccel.capture import Program
 from torchaccel.errors import BuildError
-from torchaccel.prepare import cast_tree, decompose_hardswish, prepare, widen_depthwise
+from torchaccel.prepare import decompose_hardswish, prepare, widen_depthwise
 from torchaccel.weights import WeightStore
 
 # --- the copy ---
@@ -131,13 +131,6 @@ def test_a_tied_weight_may_be_kept_in_fp32_at_one_of_its_places() -> None:
     for kept in ("0", "2"):
         with torch.no_grad():
             assert relative_error(on_cpu(module, "bf16", keep_fp32=[kept])(x), module(x)) < 5e-2
-
-
-def test_cast_tree_casts_floating_tensors_only() -> None:
-    tree = {"a": torch.zeros(1), "b": [torch.zeros(1, dtype=torch.int64), 3, None, torch.zeros(1, dtype=torch.bool)]}
-    cast = cast_tree(tree, torch.float16)
-    assert [cast["a"].dtype, cast["b"][0].dtype, cast["b"][3].dtype] == [torch.float16, torch.int64, torch.bool]
-    assert cast["b"][1:3] == [3, None]
 
 
 def test_a_module_that_cannot_be_copied_is_a_build_error_that_says_what_it_holds() -> None:

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.capture import Program, capture, engine_input, resize_batch
+from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
 from torchaccel.gate import Reference, compare_outputs, reference, require, run_module
 from torchaccel.options import Options
@@ -136,13 +137,13 @@ class Builder:
             runner = built.runner(tensors, pool, options.cuda_graph)
         with _timed(record, "gate_ms"):
             if options.dynamic_batch is None:
-                self._gate(built, runner, tensors, expected.leaves)
+                self._gate(built, runner, call, tensors, expected.leaves)
             for size in sorted(set(options.dynamic_batch or ())):
                 resized = resize_batch(tensors, program.batched, size)
                 again = reference(self.module, call, resized).leaves
                 with _running(built.backend):
                     sized = built.runner(resized, pool, options.cuda_graph)
-                self._gate(built, sized, resized, again, batch=size)
+                self._gate(built, sized, call, resized, again, batch=size)
         if built.is_fresh_in_place():
             program.drop_examples()
         else:
@@ -154,6 +155,7 @@ class Builder:
         self,
         built: Built,
         runner: Runner,
+        call: Call,
         tensors: Sequence[torch.Tensor],
         leaves: Sequence[object],
         *,
@@ -164,7 +166,8 @@ class Builder:
             outputs = runner.check(tensors)
         gate = compare_outputs(outputs, built.outputs.computed(leaves), self.options.bound, batch)
         built.record.gates += (gate,)
-        require(gate, built.backend.name, self.options.precision)
+        advice = "" if gate.passed else self._advice(built, call, tensors, leaves, gate.not_finite)
+        require(gate, built.backend.name, self.options.precision, advice)
         if any(output.is_zero for output in gate.outputs):
             warnings.warn(
                 f"{type(self.module).__name__} returns next to nothing but zeros for these inputs, so comparing them "
@@ -172,6 +175,21 @@ class Builder:
                 BackendWarning,
                 stacklevel=2,
             )
+
+    def _advice(
+        self, built: Built, call: Call, tensors: Sequence[torch.Tensor], leaves: Sequence[object], not_finite: bool
+    ) -> str:
+        """Where values stop being finite and what mends that, found by running the module in PyTorch."""
+        options, is_half = self.options, self.options.precision == "fp16"
+        if not (not_finite or is_half):
+            return ""
+        wider = PRECISIONS["bf16"] if is_half else None
+        if wider and built.backend.honours(wider, tensors[0].device):
+            wider = None
+        overflow = Overflow(self.module, call, tensors, leaves, built.outputs, seen=not_finite)
+        with suppress(RuntimeError):  # PyTorch may lack a kernel at this precision, or memory: then the figures must do
+            return overflow.advice(PRECISIONS[options.precision], options.tolerance, options.keep_fp32, wider)
+        return ""
 
     def _dtypes(
         self,

@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind
 
 from torchaccel.errors import BackendWarning, BuildError, InputError, TorchAccelError
 from torchaccel.precision import Precision
-from torchaccel.prepare import fold_batch_norm, prepare, weight_nodes, weight_rules
+from torchaccel.prepare import drop_dead_casts, fold_batch_norm, prepare, weight_nodes, weight_rules
 from torchaccel.signature import Call, OutputSpec, split_outputs
 from torchaccel.weights import WeightRule, WeightStore
 
@@ -123,6 +123,7 @@ def capture(
     if outputs is None or not exported.graph_signature.user_outputs:
         raise BuildError("the module returns no tensor for these inputs, so there is nothing to compile.")
     _warn_of_loose_tensors(exported, module)
+    drop_dead_casts(exported)
     rules = weight_rules(exported, PREFIX)
     folded = fold_batch_norm(exported, rules)
     rules = {name: rules[name] for name in (str(spec.target) for spec, _ in weight_nodes(exported))}

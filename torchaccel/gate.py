@@ -127,14 +127,16 @@ def _where_not_finite(y: torch.Tensor, r: torch.Tensor, same: torch.Tensor) -> s
     )
 
 
-def require(record: GateRecord, backend: str, precision: str) -> None:
-    """Raise `AccuracyError` with the figures of each output unless the record passed."""
+def require(record: GateRecord, backend: str, precision: str, advice: str = "") -> None:
+    """Raise `AccuracyError` with the figures of each output, and what to do, unless the record passed."""
     if record.passed:
         return
     at = f" at batch {record.batch}" if record.batch is not None else ""
     figures = "\n".join(f"  {'ok  ' if output.passed else 'FAIL'} {output}" for output in record.outputs)
-    wider = "bf16, which has fp32's range, or " if any(o.not_finite for o in record.outputs) else ""
-    raise AccuracyError(
-        f"the {backend} engine at {precision}{at} does not compute what the module does:\n{figures}\n"
+    wider = "bf16, which has fp32's range, or " if record.not_finite else ""
+    advice = advice or (
         f"Try {wider}keep_fp32=[…] for the submodules that need it, or pass tolerance= if the error is acceptable."
+    )
+    raise AccuracyError(
+        f"the {backend} engine at {precision}{at} does not compute what the module does:\n{figures}\n{advice}"
     )

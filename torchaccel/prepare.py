@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
-from torch.utils import _pytree as pytree
 
+from torchaccel.borders import outermost, set_border
 from torchaccel.errors import BuildError
 from torchaccel.weights import WeightRule, module_tensors
 
@@ -46,9 +46,8 @@ def prepare(module: nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()
     _untie(module, prepared, dtype, kept)
     for hooks in (prepared._forward_hooks, prepared._forward_pre_hooks, prepared._backward_hooks):
         hooks.clear()
-    outermost = [name for name in keep_fp32 if not any(name.startswith(other) for other in kept)]
-    for name in outermost:
-        _border(prepared.get_submodule(name), inside=torch.float32, outside=dtype)
+    for name in outermost(keep_fp32):
+        set_border(prepared.get_submodule(name), inside=torch.float32, outside=dtype)
     return prepared
 
 
@@ -66,11 +65,6 @@ def _untie(module: nn.Module, prepared: nn.Module, dtype: torch.dtype, kept: set
             place._buffers[leaf] = own
 
 
-def cast_tree(tree: Any, dtype: torch.dtype) -> Any:
-    """Every floating tensor of a pytree in `dtype`; the rest as it is."""
-    return pytree.tree_map(lambda leaf: leaf.to(dtype) if _floats(leaf) else leaf, tree)
-
-
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, kept: set[str]) -> torch.Tensor:
     return tensor.detach().to(_dtype(name, tensor, dtype, kept), copy=True)
 
@@ -80,17 +74,6 @@ def _dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, kept: set[str]) 
     if not tensor.is_floating_point():
         return tensor.dtype
     return torch.float32 if any(name.startswith(prefix) for prefix in kept) else dtype
-
-
-def _border(module: nn.Module, inside: torch.dtype, outside: torch.dtype) -> None:
-    module.register_forward_pre_hook(
-        lambda _, args, kwargs: (cast_tree(args, inside), cast_tree(kwargs, inside)), with_kwargs=True
-    )
-    module.register_forward_hook(lambda _, __, result: cast_tree(result, outside))
-
-
-def _floats(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def weight_rules(program: ExportedProgram, prefix: str) -> dict[str, WeightRule]:
@@ -168,6 +151,15 @@ def drop_unused_weights(program: ExportedProgram) -> None:
         program.state_dict.pop(str(spec.target), None)
         program.constants.pop(str(spec.target), None)
         program.graph.erase_node(unused[spec.arg.name])
+    program.graph_module.recompile()
+
+
+def drop_dead_casts(program: ExportedProgram) -> None:
+    """Remove casts that nothing reads, which borders leave behind, and the checks of dtypes that come with casts."""
+    for node in reversed(program.graph.nodes):
+        is_dead = node.target is aten.to.dtype and not node.users
+        if is_dead or node.target is aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
     program.graph_module.recompile()
 
 

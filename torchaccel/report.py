@@ -56,6 +56,11 @@ class GateRecord:
         return all(output.passed for output in self.outputs)
 
     @property
+    def not_finite(self) -> bool:
+        """Whether any output has values that are finite in only one of engine and module."""
+        return any(output.not_finite for output in self.outputs)
+
+    @property
     def relative_error(self) -> float:
         """The largest relative error of any output."""
         return max((output.relative_error for output in self.outputs), default=0.0)
