@@ -1,5 +1,6 @@
 """From a call to a gated engine: reference, capture, build, load, CUDA graph, gate."""
 
+import functools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
 from torchaccel.gate import Reference, compare_outputs, reference, require, run_module
+from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import EngineRecord
@@ -67,13 +69,26 @@ class Builder:
 
         A failed build or gate moves on to the next backend, which only `fallback=` adds, and the record says why.
         """
-        reason = ""
+        reason, what = "", describe(tensors)
         for backend in self.backends[:-1]:
+            attempt = functools.partial(self._attempt, backend, call, tensors, pool, reason)
             try:
-                return self._build(backend, call, tensors, pool, reason)
+                return release_on_exhaustion(attempt, what, pool.device, self.options.max_runners)
             except (BuildError, AccuracyError) as error:
                 reason = f"{backend.name} failed: {error}"
-        return self._build(self.backends[-1], call, tensors, pool, reason)
+        attempt = functools.partial(self._attempt, self.backends[-1], call, tensors, pool, reason)
+        return release_on_exhaustion(attempt, what, pool.device, self.options.max_runners)
+
+    def _attempt(
+        self, backend: Backend, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str
+    ) -> tuple[Built, Runner]:
+        """Build; whatever stops it, the store keeps no weights of an engine that did not come to be."""
+        held = self.store.rules()
+        try:
+            return self._build(backend, call, tensors, pool, reason)
+        except BaseException:
+            self.store.keep(held)
+            raise
 
     def _build(
         self, backend: Backend, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str

@@ -21,6 +21,10 @@ class BuildError(TorchAccelError, RuntimeError):
     """A backend could not build or load an engine; the message names the operators at fault where they are known."""
 
 
+class DeviceMemoryError(BuildError):
+    """Memory ran out while an engine was made ready; what was begun is released, and the module is as it was."""
+
+
 class StaleWeightsError(TorchAccelError, RuntimeError):
     """The module's weights changed under `on_weight_change="raise"`; `refresh()` takes the new ones."""
 

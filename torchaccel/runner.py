@@ -8,12 +8,13 @@ is enqueued under one lock and the host waits for none of it.
 import threading
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 
 from torchaccel.backends.base import Engine
+from torchaccel.memory import is_out_of_memory
 from torchaccel.report import RunnerRecord
 from torchaccel.signature import OutputSpec
 
@@ -217,34 +218,43 @@ class Runner:
         side, current = self.pool.capture_stream, torch.cuda.current_stream(device)
         assert side is not None
         side.wait_stream(current)
-        with torch.cuda.device(device), self.pool.turn(side), torch.inference_mode(False), torch.no_grad():
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP_RUNS):
-                    self._engine(*self._inputs)
-            side.synchronize()
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved(device)
-            generator = torch.cuda.default_generators[device.index]
-            random_state = generator.clone_state()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
-                    self._results = self._engine(*self._inputs)
-            except torch.cuda.OutOfMemoryError:
+        try:
+            with torch.cuda.device(device), self.pool.turn(side), torch.inference_mode(False), torch.no_grad():
+                self._capture_on(side)
+        finally:  # what a failure frees, the caller's stream may take only after the side stream has done with it
+            current.wait_stream(side)
+
+    def _capture_on(self, side: torch.cuda.Stream) -> None:
+        device = self.pool.device
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_RUNS):
+                self._engine(*self._inputs)
+        side.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        generator = torch.cuda.default_generators[device.index]
+        random_state = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
+                self._results = self._engine(*self._inputs)
+            self._graph, self.record.graph = graph, True
+        except RuntimeError as error:
+            if is_out_of_memory(error):
                 raise
-            except RuntimeError as error:
+            self.record.why_no_graph = f"the engine cannot be captured: {str(error).strip().splitlines()[0]}"
+        finally:
+            if self._graph is None:
                 self._results = ()
-                self.record.why_no_graph = f"the engine cannot be captured: {str(error).strip().splitlines()[0]}"
                 self._recover(generator, random_state)
-            else:
-                self._graph, self.record.graph = graph, True
-            self.record.device_mib = (torch.cuda.memory_reserved(device) - before) / 2**20
-        current.wait_stream(side)
+        self.record.device_mib = (torch.cuda.memory_reserved(device) - before) / 2**20
 
     def _recover(self, generator: torch.Generator, random_state: torch.Generator) -> None:
         """Undo what a failed capture leaves behind: a generator and an allocator that take it for still under way."""
         generator.graphsafe_set_state(random_state)
-        torch._C._cuda_endAllocateToPool(self.pool.device.index, self.pool.handle)
+        with suppress(RuntimeError):  # it refuses where the capture, though it failed, was ended in order
+            torch._C._cuda_endAllocateToPool(self.pool.device.index, self.pool.handle)
+            torch._C._cuda_releasePool(self.pool.device.index, self.pool.handle)  # no graph will
         self.pool.handle = torch.cuda.graph_pool_handle()
 
 

@@ -1,5 +1,6 @@
 """What a compiled module holds besides the module: engines by signature, their weights, the report."""
 
+import functools
 import threading
 import time
 from collections import OrderedDict
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchaccel.build import Builder, Built
+from torchaccel.build import Builder, Built, describe
 from torchaccel.capture import batch_size, batched_inputs
 from torchaccel.errors import InputError, StaleWeightsError
 from torchaccel.fingerprint import Fingerprint, PendingCheck, equal
 from torchaccel.helper import helper
+from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
 from torchaccel.report import Report
 from torchaccel.runner import Pool, Runner
@@ -54,7 +56,8 @@ class State:
         """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
         runner = self.runners.get(call.key)
         if runner is None:
-            return self._miss(call)
+            making = functools.partial(self._miss, call)
+            return release_on_exhaustion(making, describe(call.tensors), self.device, self.options.max_runners)
         with suppress(KeyError):  # another thread has just dropped it; it still serves this call
             self.runners.move_to_end(call.key)
         return runner

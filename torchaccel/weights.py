@@ -105,6 +105,14 @@ class WeightStore:
         for rule, held in self._held.items():
             held.copy_(rule.compute(tensors))
 
+    def rules(self) -> frozenset[WeightRule]:
+        """The rules whose weights are held."""
+        return frozenset(self._held)
+
+    def keep(self, rules: Iterable[WeightRule]) -> None:
+        """Forget all weights but those of `rules`."""
+        self._held = {rule: self._held[rule] for rule in rules if rule in self._held}
+
     def clear(self) -> None:
         """Forget all weights; engines that hold them keep their own references."""
         self._held.clear()
