@@ -14,7 +14,7 @@ from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
-from torchaccel.gate import Reference, compare_outputs, reference, require, run_module
+from torchaccel.gate import Reference, compare_outputs, reference, reproduced, require, run_module
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
@@ -22,6 +22,11 @@ from torchaccel.report import EngineRecord
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call, OutputSpec, flatten
 from torchaccel.weights import WeightStore
+
+_NOT_REPRODUCED = (
+    "The module does not reproduce its own result: for the same inputs it returned another one at a second run. It "
+    "depends on something besides its inputs and weights, such as a global variable, which an engine cannot follow."
+)
 
 
 @dataclass
@@ -194,16 +199,17 @@ class Builder:
     def _advice(
         self, built: Built, call: Call, tensors: Sequence[torch.Tensor], leaves: Sequence[object], not_finite: bool
     ) -> str:
-        """Where values stop being finite and what mends that, found by running the module in PyTorch."""
+        """What running the module in PyTorch tells of a failed check; "" where it tells nothing."""
         options, is_half = self.options, self.options.precision == "fp16"
-        if not (not_finite or is_half):
-            return ""
-        wider = PRECISIONS["bf16"] if is_half else None
-        if wider and built.backend.honours(wider, tensors[0].device):
-            wider = None
-        overflow = Overflow(self.module, call, tensors, leaves, built.outputs, seen=not_finite)
         with suppress(RuntimeError):  # PyTorch may lack a kernel at this precision, or memory: then the figures must do
-            return overflow.advice(PRECISIONS[options.precision], options.tolerance, options.keep_fp32, wider)
+            if not reproduced(leaves, reference(self.module, call, tensors).leaves):
+                return _NOT_REPRODUCED
+            if not_finite or is_half:
+                wider = PRECISIONS["bf16"] if is_half else None
+                if wider and built.backend.honours(wider, tensors[0].device):
+                    wider = None
+                overflow = Overflow(self.module, call, tensors, leaves, built.outputs, seen=not_finite)
+                return overflow.advice(PRECISIONS[options.precision], options.tolerance, options.keep_fp32, wider)
         return ""
 
     def _dtypes(

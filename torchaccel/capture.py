@@ -1,5 +1,6 @@
 """torch.export: a program out of a module and one call's arguments."""
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from torchaccel.errors import BackendWarning, BuildError, InputError, TorchAccelError
 from torchaccel.precision import Precision
 from torchaccel.prepare import drop_dead_casts, fold_batch_norm, prepare, weight_nodes, weight_rules
+from torchaccel.refusals import explain, refuse_random_numbers
 from torchaccel.signature import Call, OutputSpec, split_outputs
 from torchaccel.weights import WeightRule, WeightStore
 
@@ -69,17 +71,32 @@ class Program:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep from the caller what libraries warn of while they build: their deprecations, and advice on TF32."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keep from the caller what libraries warn of while they build, and what these loggers say of what is then raised.
+
+    They warn of their own deprecations, and advise TF32.
+    """
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in loggers}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 class _Found:
     """What tracing learns besides the graph; torch.export undoes writes to the module's own attributes."""
 
     outputs: OutputSpec | None = None
+    failure: str = ""
+
+
+class _StoppedError(Exception):
+    """Carries an exception of the module through torch.export, which would print the graph so far for its own."""
 
 
 class _Flat(nn.Module):
@@ -95,7 +112,14 @@ class _Flat(nn.Module):
         args, kwargs = self._call.arguments(tensors)
         # A `__call__` of the class's own runs on the compiled module, around the engine.
         run = self.module if type(self.module).__call__ is nn.Module.__call__ else self.module.forward
-        computed, self.found.outputs = split_outputs(run(*args, **kwargs), tensors)
+        try:
+            result = run(*args, **kwargs)
+        except TorchAccelError:
+            raise
+        except Exception as error:
+            self.found.failure = explain(error)  # here, where its traceback still has the module's own lines
+            raise _StoppedError from error
+        computed, self.found.outputs = split_outputs(result, tensors)
         return computed
 
 
@@ -123,6 +147,7 @@ def capture(
     if outputs is None or not exported.graph_signature.user_outputs:
         raise BuildError("the module returns no tensor for these inputs, so there is nothing to compile.")
     _warn_of_loose_tensors(exported, module)
+    refuse_random_numbers(exported.graph_module, type(module).__name__)
     drop_dead_casts(exported)
     rules = weight_rules(exported, PREFIX)
     folded = fold_batch_norm(exported, rules)
@@ -222,15 +247,14 @@ def _export(
         batch = Dim("batch", min=dynamic_batch[0], max=dynamic_batch[2])
         shapes = (tuple({0: batch} if is_batched else None for is_batched in batched),)
     try:
-        with quiet(), _one_at_a_time():
+        with quiet("torch.fx.experimental.symbolic_shapes", "torch.export"), _one_at_a_time():
             return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
     except TorchAccelError:
         raise
     except Exception as error:
         what = "with a dynamic batch " if dynamic_batch else ""
         raise BuildError(
-            f"torch.export could not capture {type(flat.module).__name__} {what}({type(error).__name__}): "
-            f"{str(error).strip()}"
+            f"torch.export could not capture {type(flat.module).__name__} {what}{flat.found.failure or explain(error)}"
         ) from error
 
 

@@ -199,8 +199,10 @@ class CompiledModule(nn.Module):
             raise AttributeError(f"{name} is the compiled module's own; the module's is `.module.{name}`.")
         if name in OF_CALLS:
             self.__dict__[name] = value
-        else:
-            setattr(self._state.module, name, value)
+            return
+        setattr(self._state.module, name, value)
+        if name != "training" and not isinstance(value, nn.Module | torch.Tensor):  # those are watched at each call
+            self._state.note_attribute()
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.keys() & OF_CALLS:

@@ -1,5 +1,6 @@
 """The gate: an engine's outputs against the module's own, all of them, before it serves."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchaccel.errors import AccuracyError, BuildError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.precision import tf32_state
+from torchaccel.purity import Trace
 from torchaccel.report import GateRecord, OutputError
 from torchaccel.signature import Call, OutputSpec, flatten
 
 # Below this root mean square an output counts as zero: fp16 has nothing but subnormal numbers there.
 FLOOR_RMS = 1e-6
+# The relative error between two runs of one module that still counts as the same result: atomic additions on a GPU.
+REPRODUCED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -45,28 +49,46 @@ class Reference:
 def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Reference:
     """The module's own outputs for a call, in its own dtype with TF32 and autocast off, on cloned inputs.
 
-    Raises `BuildError` for a module that writes to its inputs or, in eval mode, to its own buffers: an engine would
-    not.
+    Raises `BuildError` for a module that writes to its inputs or, in eval mode, to its own buffers, and for one whose
+    result depends on attributes that it changes itself: an engine would do neither. Where it changes attributes without
+    such an effect, a warning says so.
     """
+    found, changed = _observe(module, call, tensors)
+    if not changed:
+        return found
+    again, changed = _observe(module, call, tensors)  # what is set once, at the first run, is a cache
+    if not changed:
+        return again
+    names = ", ".join(changed)
+    if found.spec != again.spec or not reproduced(found.leaves, again.leaves):
+        raise BuildError(
+            f"the module's result depends on Python attributes that its forward changes ({names}), and an engine keeps "
+            f"the values of now; make them inputs or outputs."
+        )
+    warnings.warn(
+        f"{type(module).__name__} changes Python attributes in its forward ({names}): engines run no Python, and leave "
+        f"them as they are.",
+        BackendWarning,
+        stacklevel=2,
+    )
+    return again
+
+
+def _observe(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Reference, list[str]]:
+    """One run of the module, and the names of the attributes that it changed."""
     with torch.inference_mode(False):
         clones = tuple(tensor.detach().clone() for tensor in tensors)
-        unwritten = [clone._version for clone in clones]
-    buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_inference()}
-    versions = {name: buffer._version for name, buffer in buffers.items()}
+    trace = Trace(module, clones)
     leaves, spec = flatten(run_module(module, call, clones, tf32=False, autocast=False))
-    for index, clone in enumerate(clones):
-        if clone._version != unwritten[index]:
-            raise BuildError(
-                f"the module writes to its input {index}, which an engine does not; make it work on a copy."
-            )
-    after = dict(module.named_buffers())
-    written = []
-    for name, buffer in buffers.items():
-        if after.get(name) is not buffer or buffer._version != versions[name]:
-            written.append(name)
-    if written:
-        raise BuildError(f"the module writes to its buffers in eval mode ({', '.join(written)}); an engine would not.")
-    return Reference(tuple(leaves), spec, clones)
+    trace.refuse_writes()
+    return Reference(tuple(leaves), spec, clones), trace.changed_attributes()
+
+
+def reproduced(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two runs of a module returned the same, but for the order in which a device adds up."""
+    pairs = zip(one, other, strict=True)
+    tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)]
+    return all(output_error("", a, b, REPRODUCED).passed for a, b in tensors)
 
 
 def run_module(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], *, tf32: bool, autocast: bool) -> Any:

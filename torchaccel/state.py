@@ -19,6 +19,7 @@ from torchaccel.fingerprint import Fingerprint, PendingCheck, equal
 from torchaccel.helper import helper
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
+from torchaccel.purity import attributes, differing
 from torchaccel.report import Report
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call
@@ -43,6 +44,8 @@ class State:
     stale: str = ""
     warned_of_gradients: bool = False
     _print: Fingerprint | None = None
+    _attributes: dict[str, Any] = field(default_factory=dict)
+    _attribute_was_set: bool = False
     _calls_since_check: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +96,7 @@ class State:
         self.report.engines.append(built.record)
         if self._print is None:
             self._print = self.watch.fingerprint()
+            self._attributes = attributes(self.module)
         return runner
 
     def _rebuild(self, built: Built, call: Call, tensors: list[torch.Tensor]) -> Runner:
@@ -108,7 +112,7 @@ class State:
         if not self.built:  # nothing holds older ones: those of now are the ones to watch
             self.build.store.clear()
             self.watch.accept()
-        elif self.watch.changed() or not self._print_is_of_now():
+        elif self.watch.changed() or not self._print_is_of_now() or self._attributes_changed():
             self._take_change("a change that was found at a build")
 
     def _print_is_of_now(self) -> bool:
@@ -197,7 +201,9 @@ class State:
             started = time.perf_counter()
             self.stale = ""
             self._check.forget()
-            if self.watch.structure_changed():
+            looks = bool(what) or self._attribute_was_set
+            self._attribute_was_set = False
+            if self.watch.structure_changed() or (looks and self._attributes_changed()):
                 self._drop_all()
             else:
                 with self.pool.turn():
@@ -220,12 +226,20 @@ class State:
         for key in [key for key, runner in self.runners.items() if self.built[runner.plan_key].stale]:
             del self.runners[key]
 
+    def note_attribute(self) -> None:
+        """A plain attribute of the module was set, and engines have such values built in: the next call looks."""
+        self._attribute_was_set = True
+        self.watch.doubt()
+
+    def _attributes_changed(self) -> bool:
+        return bool(self.built) and bool(differing(self._attributes, attributes(self.module)))
+
     def _drop_all(self) -> None:
         """Forget every plan, runner and weight, and follow the module to its device; the next call builds."""
         self.runners.clear()
         self.built.clear()
         self.build.store.clear()
-        self.report.events.append("the module's structure, dtypes or device changed: engines are built anew")
+        self.report.events.append("the module's structure, attributes, dtypes or device changed: engines are new")
         device = module_device(self.module) or self.device
         if device != self.device:
             calls = self.pool.calls

@@ -94,6 +94,10 @@ class WeightWatch:
         if not self._tensor_ids.isdisjoint(stepped):
             self._stepped = True
 
+    def doubt(self) -> None:
+        """Count the module as changed until it is accepted again."""
+        self._stepped = True
+
     def is_trainable(self) -> bool:
         """Whether any of the module's tensors requires grad."""
         return any(map(_requires_grad, self._tensors))

@@ -7,12 +7,9 @@ With `partial=True` and operators outside engines, the plan is the program that 
 
 import inspect
 import io
-import logging
 import operator
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,8 @@ from torchaccel.precision import Precision
 from torchaccel.prepare import decompose_hardswish, widen_depthwise
 from torchaccel.report import Coverage
 
+# Torch-TensorRT logs what it then raises, whatever it is given.
+LOGGERS = ("torch_tensorrt", "torch_tensorrt [TensorRT Conversion Context]")
 ENGINE = "_run_on_acc"  # how Torch-TensorRT names the parts that become engines
 
 
@@ -57,7 +56,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
         """Lower, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
         settings = _settings(precision, device)
         try:
-            with _quiet():
+            with quiet(*LOGGERS):
                 source = _decompose(program, settings)
                 engine = _convert(source, program, settings)
             if engine is not None:
@@ -87,7 +86,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
         weights = {**program.exported.state_dict, **program.exported.constants}
         for name in program.rules:
             put_weight(plan.source, name, weights[name].detach())
-        with _quiet():
+        with quiet(*LOGGERS):
             engine = _convert(plan.source, program, _settings(plan.precision, device))
         if engine is None:
             raise BuildError("Torch-TensorRT converts the program no longer as it did at first; refresh() builds anew.")
@@ -213,23 +212,8 @@ def _compilation_settings(settings: dict[str, Any]) -> Any:
 def _compile(program: Program, settings: dict[str, Any]) -> fx.GraphModule:
     import torch_tensorrt
 
-    with _quiet():
+    with quiet(*LOGGERS):
         return torch_tensorrt.dynamo.compile(program.exported, inputs=_inputs(program), **settings)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch-TensorRT warns of its own deprecations and logs what it then raises, whatever it is given."""
-    loggers = [logging.getLogger(name) for name in ("torch_tensorrt", "torch_tensorrt [TensorRT Conversion Context]")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with quiet():
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _coverage(program: Program, settings: dict[str, Any]) -> Coverage:
@@ -277,7 +261,7 @@ def _only_engine(compiled: fx.GraphModule) -> tuple[bytes, dict[str, Any]] | Non
 def _serialise(compiled: fx.GraphModule, program: Program, device: torch.device) -> bytes:
     import torch_tensorrt
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(*LOGGERS):
         path = Path(folder) / "program.ep"
         examples = [torch.zeros_like(example, device=device) for example in program.inputs]
         torch_tensorrt.save(compiled, str(path), output_format="exported_program", arg_inputs=examples)
