@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -110,6 +111,16 @@ def test_keep_fp32_casts_keyword_arguments_and_nested_results() -> None:
     result = prepare(module, torch.bfloat16, ["inner"])(torch.ones(2, dtype=torch.bfloat16))
     assert (result["sum"].dtype, result["rows"][0].dtype) == (torch.bfloat16, torch.bfloat16)
     assert result["rows"][1].dtype is torch.int64
+
+
+def test_keep_fp32_casts_what_a_dataclass_holds() -> None:
+    @dataclass
+    class Held:
+        x: torch.Tensor
+
+    inner = Lambda(lambda self, held: Held(self.fc(held.x)), fc=nn.Linear(2, 2))
+    module = Lambda(lambda self, x: self.inner(Held(x)).x, inner=inner)
+    assert prepare(module, torch.bfloat16, ["inner"])(torch.ones(2, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
 def test_keep_fp32_makes_what_it_keeps_more_exact() -> None:

@@ -1,10 +1,8 @@
 """A call's arguments come apart and together again; its key tells apart what needs different engines, and no more."""
 
-import enum
 import math
-from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,81 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tests.trees import PLAIN, Other, Pair, Record, make, tensors, trees
 from torchaccel.errors import InputError
-from torchaccel.signature import HOLE, fill, flatten, read_call, split_outputs
+from torchaccel.signature import HOLE, fill, flatten, keyword_names, read_call, split_outputs
 
-Pair = namedtuple("Pair", "first second")
-
-
-class Typed(NamedTuple):
-    x: Any
-    y: Any = None
-
-
-@dataclass
-class Record:
-    x: Any
-    note: Any = None
-
-
-@dataclass
-class Other:
-    x: Any
-    note: Any = None
-
-
-class Colour(enum.Enum):
-    RED = 1
-    BLUE = 2
-
-
-# A tree is described by plain data, so that it can be made twice, with other tensors of the same kind.
-TENSOR = st.tuples(
-    st.just("tensor"),
-    st.lists(st.integers(0, 3), max_size=3).map(tuple),
-    st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool]),
-)
-PLAIN = st.tuples(
-    st.just("plain"),
-    st.none()
-    | st.booleans()
-    | st.integers(-2, 2)
-    | st.floats()
-    | st.sampled_from([-0.0, 0.0, 1.0, math.nan, 1j, Colour.RED, Colour.BLUE, torch.float32, torch.device("cpu")])
-    | st.text(max_size=2)
-    | st.binary(max_size=2),
-)
-TREE = st.recursive(
-    TENSOR | PLAIN,
-    lambda inner: (
-        st.tuples(st.just("list"), st.lists(inner, max_size=3))
-        | st.tuples(st.just("tuple"), st.lists(inner, max_size=3))
-        | st.tuples(st.just("dict"), st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, max_size=3))
-        | st.tuples(st.just("ordered"), st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, max_size=3))
-        | st.tuples(st.sampled_from([Pair, Typed, Record, Other]), inner, inner)
-    ),
-    max_leaves=6,
-)
+SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+TREE = trees(tensors(SHAPES, [torch.float32, torch.float16, torch.int64, torch.bool]) | PLAIN)
 CALL = st.tuples(st.lists(TREE, max_size=3), st.dictionaries(st.sampled_from(["x", "y", "z"]), TREE, max_size=2))
-
-
-def make(tree: Any, generator: torch.Generator) -> Any:
-    kind, *rest = tree
-    if kind == "tensor":
-        return torch.randint(0, 2, rest[0], generator=generator).to(rest[1])
-    if kind == "plain":
-        return rest[0]
-    if kind in ("list", "tuple"):
-        return {"list": list, "tuple": tuple}[kind](make(item, generator) for item in rest[0])
-    if kind in ("dict", "ordered"):
-        return {"dict": dict, "ordered": OrderedDict}[kind]((k, make(v, generator)) for k, v in rest[0].items())
-    return kind(*(make(item, generator) for item in rest))
 
 
 def make_call(described: Any, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = described
     generator = torch.Generator().manual_seed(seed)
-    return tuple(make(tree, generator) for tree in args), {name: make(tree, generator) for name, tree in kwargs.items()}
+
+    def tensor(_: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+    return tuple(make(tree, tensor) for tree in args), {name: make(tree, tensor) for name, tree in kwargs.items()}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -182,6 +122,10 @@ def test_a_size_is_a_value_like_another() -> None:
     x = torch.zeros(2, 3)
     assert read_call((x, x.shape), {}).key == read_call((x, torch.Size([2, 3])), {}).key
     assert read_call((x, x.shape), {}).key != read_call((x, x.T.shape), {}).key
+    with torch.no_grad():
+        torch.export.export(nn.Linear(1, 1), (torch.ones(1),))  # teaches PyTorch to take sizes apart
+    call = read_call((x, [x.shape]), {})
+    assert type(call.arguments(call.tensors)[0][1][0]) is torch.Size
 
 
 @pytest.mark.parametrize(
@@ -204,7 +148,7 @@ def test_a_dataclass_that_pytorch_does_not_know_is_made_known_and_a_class_is_no_
 
     x = torch.zeros(1)
     leaves, spec = flatten(Unknown(x, [Unknown(x, None)]))
-    assert [leaf is x for leaf in leaves] == [True, True]
+    assert [leaf is x for leaf in leaves] == [True, True, False]
     assert same_fields(pytree.tree_unflatten(leaves, spec), Unknown(x, [Unknown(x, None)]))
     with pytest.raises(InputError, match="type"):
         read_call((Unknown,), {})
@@ -212,6 +156,59 @@ def test_a_dataclass_that_pytorch_does_not_know_is_made_known_and_a_class_is_no_
 
 def same_fields(a: Any, b: Any) -> bool:
     return a.x is b.x and a.inner[0].x is b.inner[0].x and a.inner[0].inner is b.inner[0].inner
+
+
+@dataclass
+class Doubles:
+    """Its constructor changes what it is given, and leaves a field and an attribute to be set later."""
+
+    x: Any
+    later: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = self.x * 2
+        self.extra = self.x + 1
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_dataclass_comes_together_without_its_constructor(later: bool) -> None:
+    value = Doubles(torch.ones(1))
+    if later:
+        value.later = torch.zeros(1)
+    again = pytree.tree_unflatten(*flatten(value))
+    assert type(again) is Doubles
+    assert list(vars(again)) == (["x", "later", "extra"] if later else ["x", "extra"])
+    assert all(getattr(again, name) is held for name, held in vars(value).items())
+
+
+def test_a_dataclass_with_slots_and_a_dataclass_that_is_a_dictionary_come_together() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Slots:
+        x: Any
+        note: Any = None
+
+    @dataclass
+    class Mapped(dict):
+        x: Any
+
+    for kind in (Slots, Mapped):
+        value = kind(torch.ones(1))
+        again = pytree.tree_unflatten(*flatten(value))
+        assert type(again) is kind
+        assert again.x is value.x
+
+
+def test_the_order_of_keywords_is_that_of_their_names_and_of_gathered_ones_the_caller_s() -> None:
+    def forward(self: Any, x: Any, /, a: Any, *rest: Any, b: Any, **more: Any) -> None: ...
+
+    names = keyword_names(forward)
+    assert names == {"a", "b"}
+    one, two = torch.ones(1), torch.zeros(1)
+    written = read_call((), {"b": one, "y": 1, "a": two, "x": 2}, names)
+    assert list(written.arguments(written.tensors)[1].items()) == [("a", two), ("b", one), ("y", 1), ("x", 2)]
+    assert written.key == read_call((), {"a": two, "y": 1, "b": one, "x": 2}, names).key
+    assert written.key != read_call((), {"a": two, "x": 2, "b": one, "y": 1}, names).key
+    assert keyword_names(type) == frozenset()
 
 
 class Namespace:

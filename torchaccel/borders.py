@@ -4,13 +4,15 @@ Values are cast on the way in and on the way out. From one such submodule straig
 what the first returns may lie outside the range of the dtype between them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from torchaccel.signature import flatten
 
 # For what left such a submodule: the value before its cast, and the version of the cast one.
 _wide: Any = WeakTensorKeyDictionary()
@@ -28,17 +30,23 @@ def outermost(names: Iterable[str]) -> list[str]:
 
 def cast_tree(tree: Any, dtype: torch.dtype) -> Any:
     """Every floating tensor of a pytree in `dtype`; the rest as it is."""
-    return pytree.tree_map(lambda leaf: leaf.to(dtype) if _floats(leaf) and leaf.dtype != dtype else leaf, tree)
+    return _mapped(lambda leaf: leaf.to(dtype) if _floats(leaf) and leaf.dtype != dtype else leaf, tree)
+
+
+def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Like pytree.tree_map, into dataclasses too."""
+    leaves, spec = flatten(tree)
+    return pytree.tree_unflatten(list(map(function, leaves)), spec)
 
 
 def set_border(module: nn.Module, inside: torch.dtype, outside: torch.dtype) -> None:
     """Cast what enters `module` to `inside`, and what leaves it to `outside`."""
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        return cast_tree(pytree.tree_map(_before_cast, (args, kwargs)), inside)
+        return cast_tree(_mapped(_before_cast, (args, kwargs)), inside)
 
     def leave(_: nn.Module, __: Any, result: Any) -> Any:
-        return pytree.tree_map(lambda leaf: _narrow(leaf, outside), result)
+        return _mapped(lambda leaf: _narrow(leaf, outside), result)
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     module.register_forward_hook(leave)

@@ -184,7 +184,9 @@ class Builder:
         """Compare what a runner returns, its graph and casts included, with the leaves of the module's own result."""
         with torch.inference_mode(False), torch.no_grad(), _running(built.backend):
             outputs = runner.check(tensors)
-        gate = compare_outputs(outputs, built.outputs.computed(leaves), self.options.bound, batch)
+        dtypes = [tensor.dtype for tensor in (*tensors, *self.module.parameters(), *self.module.buffers())]
+        bound = self.options.bound_beside(dtypes)
+        gate = compare_outputs(outputs, built.outputs.computed(leaves), bound, batch)
         built.record.gates += (gate,)
         advice = "" if gate.passed else self._advice(built, call, tensors, leaves, gate.not_finite)
         require(gate, built.backend.name, self.options.precision, advice)

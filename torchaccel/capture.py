@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 
 from torchaccel.errors import BackendWarning, BuildError, InputError, TorchAccelError
 from torchaccel.precision import Precision
@@ -93,6 +94,7 @@ class _Found:
 
     outputs: OutputSpec | None = None
     failure: str = ""
+    written: frozenset[int] = frozenset()
 
 
 class _StoppedError(Exception):
@@ -109,18 +111,41 @@ class _Flat(nn.Module):
         self.found = _Found()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        versions = [tensor._version for tensor in tensors]
         args, kwargs = self._call.arguments(tensors)
         # A `__call__` of the class's own runs on the compiled module, around the engine.
         run = self.module if type(self.module).__call__ is nn.Module.__call__ else self.module.forward
+        written = [tensors[index] for index in self.found.written]
         try:
-            result = run(*args, **kwargs)
+            with _CastsCopy(written) if written else nullcontext():
+                result = run(*args, **kwargs)
         except TorchAccelError:
             raise
         except Exception as error:
             self.found.failure = explain(error)  # here, where its traceback still has the module's own lines
             raise _StoppedError from error
-        computed, self.found.outputs = split_outputs(result, tensors)
+        self.found.written = frozenset(i for i, tensor in enumerate(tensors) if tensor._version != versions[i])
+        computed, self.found.outputs = split_outputs(result, tensors, self.found.written)
         return computed
+
+
+_CASTS = [getattr(torch.Tensor, name) for name in ("to", "type", "type_as", "float", "half", "bfloat16", "double")]
+
+
+class _CastsCopy(TorchFunctionMode):
+    """Casts of these inputs, and of views of them, are copies, as they are to the module.
+
+    In the engine's dtypes and layout a cast can be none: what is then written in place would change the input.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_none = function in (*_CASTS, torch.Tensor.contiguous) and result is args[0]
+        return result.clone() if is_none and result.untyped_storage()._cdata in self._storages else result
 
 
 def capture(
@@ -143,9 +168,11 @@ def capture(
         if dynamic_batch:
             examples = resize_batch(examples, batched, max(min(2, dynamic_batch[2]), dynamic_batch[1]))
         exported = _export(flat, examples, batched, dynamic_batch)
+        if flat.found.written:  # not by the module in its own dtypes: that is refused before
+            exported = _export(flat, examples, batched, dynamic_batch)
     outputs = flat.found.outputs
     if outputs is None or not exported.graph_signature.user_outputs:
-        raise BuildError("the module returns no tensor for these inputs, so there is nothing to compile.")
+        raise BuildError("the module computes no tensor for these inputs, so there is nothing to compile.")
     _warn_of_loose_tensors(exported, module)
     refuse_random_numbers(exported.graph_module, type(module).__name__)
     drop_dead_casts(exported)

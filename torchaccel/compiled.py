@@ -17,7 +17,7 @@ from torchaccel.dropin import OF_CALLS, class_for, delegating
 from torchaccel.errors import BackendWarning, BuildError
 from torchaccel.report import Report
 from torchaccel.runner import Runner
-from torchaccel.signature import Call, read_call
+from torchaccel.signature import Call, flatten, keyword_names, read_call
 from torchaccel.state import State, module_device
 
 
@@ -32,6 +32,7 @@ class CompiledModule(nn.Module):
     """
 
     _state: State
+    _keywords: frozenset[str]
 
     def __new__(cls, state: State) -> "CompiledModule":
         """Of a class with the special methods and the signature of the module's."""
@@ -43,6 +44,7 @@ class CompiledModule(nn.Module):
         shared = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
         self.__dict__.update({name: value for name, value in state.module.__dict__.items() if name in shared})
         self.__dict__["_state"] = state
+        self.__dict__["_keywords"] = keyword_names(state.module.forward)
 
     @property
     def module(self) -> nn.Module:
@@ -64,13 +66,17 @@ class CompiledModule(nn.Module):
         return self._state.module.__class__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run an engine (building it at the first call of a signature), or the module in training mode."""
+        """Run an engine (building it at the first call of a signature), or the module in training mode.
+
+        Results are the caller's own. An input that the module hands back is that very tensor; where the module returns
+        a view of an input, an engine returns a copy. A call with an empty tensor goes to the module.
+        """
         state = self._state
         if state.module.training or _is_transformed():
             return self._run_module(args, kwargs)
         if torch._C._get_dispatch_mode(_FAKE) is not None:  # this thread traces, for torch.export or a build
             raise BuildError("a compiled module cannot be exported, nor compiled as a part of another; give `.module`.")
-        call = read_call(args, kwargs)
+        call = read_call(args, kwargs, self._keywords)
         if torch.is_grad_enabled():
             if any(tensor.requires_grad for tensor in call.tensors):
                 return self._run_moved(call, args, kwargs)
@@ -111,7 +117,7 @@ class CompiledModule(nn.Module):
 
     def runner_for(self, *args: Any, **kwargs: Any) -> Runner:
         """The runner that serves such a call, built if need be; `replay()` on it runs the engine without copies."""
-        return self._find_checked(read_call(args, kwargs))
+        return self._find_checked(read_call(args, kwargs, self._keywords))
 
     def train(self, mode: bool = True) -> "CompiledModule":
         """The module's mode; entering eval mode looks for writes to the weights that PyTorch does not track."""
@@ -165,8 +171,15 @@ class CompiledModule(nn.Module):
         device = module_device(self._state.module) or self._state.device
         if all(tensor.device == device for tensor in call.tensors):
             return self._run_module(args, kwargs)
-        result = self._run_module(*_moved((args, kwargs), device))
-        return _moved(result, torch.device("cpu")) if all(tensor.is_cpu for tensor in call.tensors) else result
+        tensors = [tensor.to(device) for tensor in call.tensors]
+        result = self._run_module(*call.arguments(tensors))
+        if not all(tensor.is_cpu for tensor in call.tensors):
+            return result
+        given = dict(zip(map(id, tensors), call.tensors, strict=True))  # an input that comes back is that very tensor
+        leaves, spec = flatten(result)
+        return pytree.tree_unflatten(
+            [given.get(id(leaf), leaf.cpu()) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+        )
 
     def _warn_of_gradients(self) -> None:
         self._state.warned_of_gradients = True

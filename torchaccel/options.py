@@ -82,6 +82,19 @@ class Options:
         """The relative error that an output may have: `tolerance`, or the precision's own."""
         return self.tolerance if self.tolerance is not None else PRECISIONS[self.precision].bound
 
+    def bound_beside(self, dtypes: Iterable[torch.dtype]) -> float:
+        """The bound where the module, which is compared with, has tensors of `dtypes`: that of the coarsest of all.
+
+        A module in float16 has float16's own error: a finer engine that is right differs from it by as much.
+
+        >>> Options("fp32").bound_beside([torch.float32]), Options("fp32").bound_beside([torch.float16])
+        (1e-05, 0.01)
+        """
+        if self.tolerance is not None:
+            return self.tolerance
+        held = set(dtypes)
+        return max([self.bound, *(row.bound for row in PRECISIONS.values() if row.dtype in held and not row.tf32)])
+
 
 def make_options(precision: str, device: Any, keep_fp32: Any, dynamic_batch: Any, **others: Any) -> Options:
     """Turn the arguments of compile() into `Options`; raises `OptionError` for a wrong name, type or combination."""

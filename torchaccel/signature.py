@@ -1,8 +1,9 @@
 """Pytree in, pytree out, and the key of a call."""
 
 import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+import inspect
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -55,22 +56,70 @@ def fill(template: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """PyTorch's own flattening; a dataclass that it does not know yet is made known to it on the way."""
-    leaves, spec = pytree.tree_flatten(tree)
+    """PyTorch's own flattening; a dataclass that it does not know yet is made known to it on the way.
+
+    A `torch.Size` is a leaf: once torch.export has run, PyTorch takes it apart, and makes a plain tuple of it.
+    """
+    leaves, spec = pytree.tree_flatten(tree, is_leaf=_is_size)
     unknown = {type(leaf) for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)}
     if not unknown:
         return leaves, spec
     for kind in unknown:
-        pytree.register_dataclass(kind)
+        _make_known(kind)
     return flatten(tree)
 
 
-def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _is_size(value: Any) -> bool:
+    return type(value) is torch.Size
+
+
+def _make_known(kind: type) -> None:
+    """Make a dataclass a node of pytrees, which is put together again as `copy.copy` would.
+
+    Not by its constructor, as `pytree.register_dataclass` does: `__post_init__` would change its values a second time,
+    and fields outside the constructor, or attributes that are no fields, would be lost. It remains for dataclasses that
+    are dictionaries or lists besides.
+    """
+    try:
+        object.__new__(kind)
+    except TypeError:
+        pytree.register_dataclass(kind)
+        return
+
+    def take_apart(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        names = {field.name: None for field in fields(value) if hasattr(value, field.name)}
+        names.update(dict.fromkeys(getattr(value, "__dict__", ())))
+        return [getattr(value, name) for name in names], tuple(names)
+
+    def put_together(values: Iterable[Any], names: Any) -> Any:
+        value: Any = object.__new__(kind)
+        for name, item in zip(names, values, strict=True):
+            object.__setattr__(value, name, item)  # also where it is frozen
+        return value
+
+    pytree.register_pytree_node(kind, take_apart, put_together)
+
+
+def keyword_names(function: Callable[..., Any]) -> frozenset[str]:
+    """The names that a function gives its arguments; those that it gathers in `**kwargs` come in the caller's order."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
+
+
+def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], names: frozenset[str] = frozenset()) -> Call:
     """Flatten a call and give it a key that tells apart all calls that need different engines.
 
     The key holds the nesting, each tensor's shape, dtype and device type, each other value with its type, and the
-    state of autocast, which decides the dtypes that the module would return.
+    state of autocast, which decides the dtypes that the module would return. The keywords in `names`, those of the
+    module's own arguments, come first and sorted: in whatever order a caller writes them, they need one engine.
     """
+    if len(kwargs) > 1 and not names.isdisjoint(kwargs):
+        own = sorted(names.intersection(kwargs))
+        kwargs = {name: kwargs[name] for name in (*own, *(name for name in kwargs if name not in names))}
     if not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):  # the common call, without the walk
         (x,) = args
         autocast = _autocast_key()
@@ -139,10 +188,18 @@ class OutputSpec:
         return pytree.tree_unflatten([places[kind](what) for kind, what in self.sources], self.spec)
 
 
-def split_outputs(result: Any, inputs: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], OutputSpec]:
-    """The tensors that a result computes, each once, and how to assemble the result from them and the inputs."""
+def split_outputs(
+    result: Any, inputs: Sequence[torch.Tensor], written: Container[int] = ()
+) -> tuple[tuple[torch.Tensor, ...], OutputSpec]:
+    """The tensors that a result computes, each once, and how to assemble the result from them and the inputs.
+
+    The inputs numbered in `written` hold something computed by now.
+    """
     leaves, spec = flatten(result)
-    places: dict[int, tuple[str, Any]] = {id(tensor): ("input", index) for index, tensor in enumerate(inputs)}
+    places: dict[int, tuple[str, Any]] = {}
+    for index, tensor in enumerate(inputs):
+        if index not in written:
+            places[id(tensor)] = ("input", index)
     outputs: list[torch.Tensor] = []
     sources: list[tuple[str, Any]] = []
     for leaf in leaves:
