@@ -170,8 +170,7 @@ def _parser_errors(parser: Any) -> str:
 class TensorRTEngine:
     """A serialised engine on one CUDA device, with an execution context of its own.
 
-    Calls run on the current stream and never synchronise. Activation memory comes from PyTorch's allocator, except
-    that of an engine with several profiles.
+    Calls run on the current stream and never synchronise. Activation memory comes from PyTorch's allocator.
     `another()` gives a second context on the same weights: a captured graph keeps the context that it was captured in.
     """
 
@@ -209,10 +208,7 @@ class TensorRTEngine:
 
     def _open(self) -> None:
         api, self._shapes = self._trt.api, None
-        # TensorRT-RTX 1.4 crashes where a context whose memory is the caller's changes its profile (measured).
-        ours = self._engine.num_optimization_profiles < 2
-        strategies = api.ExecutionContextAllocationStrategy
-        strategy = strategies.USER_MANAGED if ours else strategies.STATIC
+        strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
         size = max(1, int(self._engine.device_memory_size_v2))
         with torch.cuda.device(self.device):
             if self._trt.is_rtx:
@@ -224,14 +220,13 @@ class TensorRTEngine:
                 )
                 self._trt.share_kernels(config, self.device)
                 self._context = self._engine.create_execution_context(config)
+                self._config = config  # the context reads it again when its profile changes, without holding it
             else:
                 self._context = self._engine.create_execution_context(strategy)
             if self._context is None:
                 raise BuildError(f"{self._trt.name} could not create a context: {self._trt.log.take_errors()}")
-            if ours:
-                self._memory = torch.empty(size + 256, dtype=torch.uint8, device=self.device)
-                self._context.set_device_memory(-(-self._memory.data_ptr() // 256) * 256, size)
-        self.context_bytes = 0 if ours else size
+            self._memory = torch.empty(size + 256, dtype=torch.uint8, device=self.device)
+            self._context.set_device_memory(-(-self._memory.data_ptr() // 256) * 256, size)
 
     def another(self) -> "TensorRTEngine":
         """An engine with a context of its own that shares this one's weights."""

@@ -43,6 +43,7 @@ def test_a_copy_stays_where_its_tensors_are(device: str) -> None:
         assert served_by_engine(other)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")  # PyTorch's, at a thread's first backward
 def test_inputs_on_the_host_that_the_module_itself_serves_come_back_to_the_host() -> None:
     model = make()
     x = images().requires_grad_()

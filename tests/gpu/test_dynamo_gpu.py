@@ -7,6 +7,9 @@ from tests.gpu.helpers import ALL, need, relative_error
 from tests.models import small_conv_net
 from torchaccel.dynamo import backend, models
 
+# What PyTorch 2.11 says when torch._dynamo.reset() imports Inductor.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
 
 @pytest.mark.parametrize("engine", ALL)
 def test_an_engine_serves_every_shape_with_the_weights_of_now(engine: str) -> None:

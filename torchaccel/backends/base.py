@@ -186,4 +186,4 @@ class _TensorRTEngine(Engine):
         return _TensorRTEngine(self._engine.another(), self._positions)
 
     def device_bytes(self) -> int:
-        return self._engine.weight_bytes + self._engine.context_bytes
+        return self._engine.weight_bytes
