@@ -15,6 +15,7 @@ from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
 from torchaccel.gate import Reference, compare_outputs, reference, reproduced, require, run_module
+from torchaccel.interrupts import uninterrupted
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
@@ -101,7 +102,7 @@ class Builder:
         options, precision = self.options, PRECISIONS[self.options.precision]
         record = EngineRecord(describe(tensors), backend.name, precision.name, fell_back_because=reason)
         expected = reference(self.module, call, tensors)
-        with _timed(record, "export_ms"):
+        with _timed(record, "export_ms"), uninterrupted():
             program = capture(
                 self.module,
                 call,
@@ -113,7 +114,7 @@ class Builder:
         record.folded_batch_norms = program.folded
         backend.lower(program)
         self._take_weights(backend, program)
-        with _timed(record, "build_ms"):
+        with _timed(record, "build_ms"), uninterrupted():
             plan = backend.build(program, precision, pool.device, partial=options.partial)
         record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
         dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
@@ -132,7 +133,8 @@ class Builder:
         expected = reference(self.module, call, tensors)
         program.inputs = tuple(engine_input(tensor, built.plan.precision.dtype) for tensor in tensors)
         self._take_weights(built.backend, program)
-        built.plan = built.backend.rebuild(built.plan, program, pool.device, partial=self.options.partial)
+        with uninterrupted():
+            built.plan = built.backend.rebuild(built.plan, program, pool.device, partial=self.options.partial)
         built.engine, built.record.gates = None, ()
         runner = self._load(built, program, call, tensors, expected, pool)
         built.stale = False
@@ -153,7 +155,7 @@ class Builder:
     ) -> Runner:
         """Load a plan into its first runner, and gate it; then the program rests without weights."""
         options, record = self.options, built.record
-        with _timed(record, "load_ms"), _running(built.backend):
+        with _timed(record, "load_ms"), _running(built.backend), uninterrupted():
             runner = built.runner(tensors, pool, options.cuda_graph)
         with _timed(record, "gate_ms"):
             if options.dynamic_batch is None:
@@ -161,7 +163,7 @@ class Builder:
             for size in sorted(set(options.dynamic_batch or ())):
                 resized = resize_batch(tensors, program.batched, size)
                 again = reference(self.module, call, resized).leaves
-                with _running(built.backend):
+                with _running(built.backend), uninterrupted():
                     sized = built.runner(resized, pool, options.cuda_graph)
                 self._gate(built, sized, call, resized, again, batch=size)
         if built.is_fresh_in_place():

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from torchaccel.interrupts import uninterrupted
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -43,13 +45,20 @@ def tf32_state(allowed: bool) -> Iterator[None]:
     The state belongs to the process: a lock keeps two builds, or two engines without a graph, from mixing theirs.
     """
     with _state_lock:
-        before = _take_state()
-        torch.backends.cuda.matmul.allow_tf32 = allowed  # torch.export and others read these older flags
-        torch.backends.cudnn.allow_tf32 = allowed
+        before: Any = None
         try:
+            with uninterrupted():
+                before = _take_state()
+            torch.backends.cuda.matmul.allow_tf32 = allowed  # torch.export and others read these older flags
+            torch.backends.cudnn.allow_tf32 = allowed
             yield
         finally:
-            _restore_state(before)
+            if before is not None:
+                try:
+                    _restore_state(before)
+                except KeyboardInterrupt:  # perhaps half-way
+                    _restore_state(before)
+                    raise
 
 
 # Of matrix products, convolutions, recurrent networks and the CPU's matrix products.

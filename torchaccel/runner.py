@@ -32,7 +32,7 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.calls = 0
-        self._lock = threading.RLock()
+        self._lock: Any = threading.RLock()
         self._is_cuda = device.type == "cuda"
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._done = torch.cuda.Event() if self._is_cuda else None
@@ -56,11 +56,16 @@ class Pool:
 
     def enter(self, stream: Any) -> Any:
         """Take the lock, and make `stream` wait for the last turn; returns the stream."""
-        self._lock.acquire()
-        if self._done is None:
-            return None
-        stream = stream or self._current_stream()
-        stream.wait_event(self._done)
+        try:
+            self._lock.acquire()
+            if self._done is None:
+                return None
+            stream = stream or self._current_stream()
+            stream.wait_event(self._done)
+        except BaseException:  # a KeyboardInterrupt among others, before or after the lock was had
+            if self._lock._is_owned():
+                self._lock.release()
+            raise
         return stream
 
     def _current_stream(self) -> torch.cuda.Stream:

@@ -17,6 +17,7 @@ from torchaccel.capture import batch_size, batched_inputs
 from torchaccel.errors import InputError, StaleWeightsError
 from torchaccel.fingerprint import Fingerprint, PendingCheck, equal
 from torchaccel.helper import helper
+from torchaccel.interrupts import uninterrupted
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
 from torchaccel.purity import attributes, differing
@@ -77,11 +78,13 @@ class State:
             elif built.stale:
                 runner = self._rebuild(built, call, tensors)
             else:
-                runner = built.runner(tensors, self.pool, self.options.cuda_graph)
-            runner.plan_key = key
-            self.runners[call.key] = runner
-            while len(self.runners) > self.options.max_runners:
-                self.runners.popitem(last=False)
+                with uninterrupted():
+                    runner = built.runner(tensors, self.pool, self.options.cuda_graph)
+            with uninterrupted():
+                runner.plan_key = key
+                self.runners[call.key] = runner
+                while len(self.runners) > self.options.max_runners:
+                    self.runners.popitem(last=False)
             return runner
 
     def _build(self, key: Any, call: Call, tensors: list[torch.Tensor]) -> Runner:
@@ -90,13 +93,8 @@ class State:
         built, runner = self.build(call, tensors, self.pool)
         self.pool.synchronize()
         built.record.first_call_ms = _ms_since(started)
-        self.built[key] = built
-        self.report.builds += 1
-        self.report.backend = built.backend.name
-        self.report.engines.append(built.record)
-        if self._print is None:
-            self._print = self.watch.fingerprint()
-            self._attributes = attributes(self.module)
+        with uninterrupted():
+            self._register(key, built)
         return runner
 
     def _rebuild(self, built: Built, call: Call, tensors: list[torch.Tensor]) -> Runner:
@@ -106,6 +104,15 @@ class State:
         self.pool.synchronize()
         built.record.refresh_ms = _ms_since(started)
         return runner
+
+    def _register(self, key: Any, built: Built) -> None:
+        self.built[key] = built
+        self.report.builds += 1
+        self.report.backend = built.backend.name
+        self.report.engines.append(built.record)
+        if self._print is None:
+            self._print = self.watch.fingerprint()
+            self._attributes = attributes(self.module)
 
     def _take_weights_of_now(self) -> None:
         """Before a build, which reads the weights as they are: engines that are there must have the same."""
@@ -201,6 +208,7 @@ class State:
             started = time.perf_counter()
             self.stale = ""
             self._check.forget()
+            self.watch.doubt()  # until all of it is done: an interrupted refresh is made up for at the next call
             looks = bool(what) or self._attribute_was_set
             self._attribute_was_set = False
             if self.watch.structure_changed() or (looks and self._attributes_changed()):
