@@ -1,6 +1,7 @@
 """The compiled module as a drop-in: its state, methods, hooks and copies are the module's own."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -568,6 +569,23 @@ def test_a_copy_has_the_hooks_of_the_root(duplicate: Callable[[Any], Any]) -> No
     assert relative_error(other(x), model.module.forward(x) * 3) < 2e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_has_its_own_engine_inside_a_wrapper_of_forward(duplicate: Callable[[Any], Any]) -> None:
+    model: Any = on_cpu(small_conv_net())
+    model.forward = functools.partial(negated, model.forward)
+    other = duplicate(model)
+    in_place(other)
+    x = images()
+    for either in (model, other):
+        assert relative_error(either(x), -either.module(x)) < 2e-6
+        assert either.report().calls_by_engine == 1
+
+
+def negated(forward: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return -forward(x)
+
+
 def triple(module: nn.Module, args: Any, result: torch.Tensor) -> torch.Tensor:
     return result * 3
 
@@ -626,6 +644,16 @@ def test_in_a_sequential_it_trains_and_its_engine_serves_in_eval_mode() -> None:
     with torch.no_grad():
         assert relative_error(whole(x), plain.eval()(x)) < 2e-6
     assert (model.report().calls_by_engine, model.report().calls_by_module) == (1, 2)
+
+
+@pytest.mark.parametrize("enter", [lambda net: net.eval(), lambda net: net.train(False)], ids=["eval", "train(False)"])
+def test_a_parent_that_enters_eval_mode_looks_for_untracked_writes(enter: Callable[[nn.Module], Any]) -> None:
+    model = on_cpu(small_conv_net())
+    whole = nn.Sequential(model)
+    assert_fresh(model, images(), builds=1, refreshes=0)
+    model.module.fc.weight.data.mul_(-2)
+    enter(whole)
+    assert_fresh(model, images(), builds=1, refreshes=1)
 
 
 def test_a_frozen_backbone_s_result_is_used_to_train_a_head() -> None:
