@@ -37,8 +37,9 @@ class Pool:
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._done = torch.cuda.Event() if self._is_cuda else None
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
-        # One for all captures: the allocator gives a block again only on the stream that it was first given on.
-        self.capture_stream = torch.cuda.Stream(device) if self._is_cuda else None
+        # One for all captures: the allocator gives a block again only on the stream that it was first given on. The
+        # kernels of a graph have its priority, so that copies and preprocessing beside an engine do not slow it down.
+        self.capture_stream = torch.cuda.Stream(device, priority=-1) if self._is_cuda else None
 
     def turn(self, stream: Any = None) -> "_Turn":
         """A context in which to enqueue work on `stream`, or on the caller's current one."""

@@ -114,7 +114,8 @@ class Ring:
         self._device = device
         self._find = find
         self._preprocess = preprocess
-        self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
+        self._copy_in, self._copy_out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._compute = torch.cuda.Stream(device, priority=-1)  # an engine without a graph has this stream's priority
         self._lanes: dict[Runner, deque[_Lane]] = {}
 
     def serve(self, batches: Iterable[Any]) -> Iterator[Any]:
