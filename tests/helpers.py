@@ -14,7 +14,8 @@ from torchaccel.capture import Program, capture
 from torchaccel.compiled import CompiledModule
 from torchaccel.compiler import BACKENDS
 from torchaccel.precision import PRECISIONS
-from torchaccel.signature import read_call
+from torchaccel.signature import flatten, read_call
+from torchaccel.weights import WeightRule, module_tensors
 
 
 def on_cpu(module: nn.Module, precision: str = "fp32", backend: str = "eager", **options: Any) -> CompiledModule:
@@ -65,6 +66,46 @@ def same_values(module: nn.Module, state: dict[str, torch.Tensor]) -> bool:
     return list(now) == list(state) and all(
         now[name].dtype == state[name].dtype and torch.equal(now[name], state[name]) for name in state
     )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same to the bit: dtype, shape and layout, NaN and the sign of zero included."""
+    if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):
+        return False
+    raw = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return torch.equal(*raw)
+
+
+def engine_weights(model: CompiledModule) -> dict[WeightRule, torch.Tensor]:
+    """What the PyTorch-native engines compute with, by rule: the tensors in their own graphs, not the store's."""
+    held = {}
+    for built in model._state.built.values():
+        run = getattr(built.engine._run, "_orig_mod", built.engine._run)
+        tensors = module_tensors(run)
+        held.update({rule: tensors[name] for name, rule in built.plan.payload.rules.items()})
+    return held
+
+
+@torch.no_grad()
+def assert_served_afresh(model: CompiledModule, *inputs: Any, fresh: CompiledModule | None = None) -> None:
+    """An engine serves the call, with the weights and the outputs of an engine that is built now, to the bit.
+
+    Closeness would not do: fp16 hides a change of 1e-6, and so does an input that does not reach the weight.
+    """
+    before = model.report()
+    results, _ = flatten(model(*inputs))
+    after = model.report()
+    assert (after.calls_by_engine, after.calls_by_module) == (before.calls_by_engine + 1, before.calls_by_module)
+    fresh = fresh or copy.deepcopy(model)
+    expected, _ = flatten(fresh(*inputs))
+    held, wanted = engine_weights(model), engine_weights(fresh)
+    assert wanted
+    for rule, tensor in wanted.items():
+        assert rule in held, f"the engine has no weight of its own for {rule.sources}"
+        assert same_bits(held[rule], tensor), f"{rule.function} of {rule.sources}"
+    for rule in held.keys() - wanted.keys():  # two that have become one
+        assert same_bits(held[rule], rule.compute(module_tensors(model.module))), f"{rule.function} of {rule.sources}"
+    assert all(same_bits(result, other) for result, other in zip(results, expected, strict=True))
 
 
 @contextmanager
