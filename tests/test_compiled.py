@@ -16,7 +16,6 @@ from torch import nn
 
 from tests.helpers import Lambda, assert_fresh, images, in_place, on_cpu, relative_error
 from tests.models import small_conv_net
-from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BackendWarning, BuildError, InputError, StaleWeightsError
 from torchaccel.weights import WeightRule
 
@@ -329,11 +328,6 @@ def test_under_autocast_the_dtype_is_what_the_module_returns() -> None:
 
 
 # --- new weights: how they can change is in test_freshness.py ---
-
-
-@torch.no_grad()
-def in_place(model: CompiledModule) -> None:
-    model.module.fc.weight.mul_(-2)
 
 
 @pytest.mark.usefixtures("no_grad")

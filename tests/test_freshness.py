@@ -419,6 +419,7 @@ def test_a_module_that_is_cast(precision: str, dtype: torch.dtype) -> None:
     assert model.report().builds == 3
 
 
+@pytest.mark.filterwarnings("ignore:AveragedModel has attributes:torchaccel.BackendWarning")
 @pytest.mark.parametrize("what", ["the average", "what averages"])
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)], ids=["SWA", "EMA"])
 def test_an_averaged_model(what: str, average: Any) -> None:
@@ -560,12 +561,18 @@ def test_parameters_made_in_inference_mode_have_no_version_and_are_looked_at(pre
 
 @both_precisions
 def test_a_vector_that_is_written_to_and_given_to_the_parameters_again(precision: str) -> None:
-    """As an evolution strategy or a line search does; since the first time the parameters are views of the vector."""
+    """As an evolution strategy or a line search does.
+
+    The first time the parameters become views of the vector, without its version counter: the next write to it is one
+    that PyTorch does not track.
+    """
     model = compiled(precision)
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
-    for _ in range(2):
+    for again in (False, True):
         vector.mul_(1.1)
         nn.utils.vector_to_parameters(vector, model.parameters())
+        if again:
+            model.eval()
         assert_served_afresh(model, *inputs())
 
 

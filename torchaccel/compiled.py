@@ -100,7 +100,7 @@ class CompiledModule(nn.Module):
         """
         streaming.check_preprocess(preprocess)
         if self._state.device.type == "cuda" and not self.training and not self._wraps_calls():
-            return streaming.Ring(self._state.device, self._find_checked, preprocess).serve(batches)
+            return streaming.Ring(self._state.device, self._find_checked, preprocess, self._keywords).serve(batches)
         return (self._serve_one(batch, preprocess) for batch in batches)
 
     def refresh(self) -> None:

@@ -76,7 +76,9 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     found = {}
     for prefix, child in module.named_modules():
         for name, value in vars(child).items():
-            if name not in _OF_EVERY_MODULE:
+            # What hooks compute anew from the weights, as pruning does, is a tensor; one that is only read is a constant
+            # of the program, of which capture.py tells.
+            if name not in _OF_EVERY_MODULE and not isinstance(value, torch.Tensor):
                 contents = _contents(value) if isinstance(value, _CONTAINERS) else None
                 found[f"{prefix}.{name}" if prefix else name] = (value, contents)
     return found

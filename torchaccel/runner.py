@@ -37,9 +37,8 @@ class Pool:
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._done = torch.cuda.Event() if self._is_cuda else None
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
-        # One for all captures: the allocator gives a block again only on the stream that it was first given on. The
-        # kernels of a graph have its priority, so that copies and preprocessing beside an engine do not slow it down.
-        self.capture_stream = torch.cuda.Stream(device, priority=-1) if self._is_cuda else None
+        # One for all captures: the allocator gives a block again only on the stream that it was first given on.
+        self.capture_stream = torch.cuda.Stream(device) if self._is_cuda else None
 
     def turn(self, stream: Any = None) -> "_Turn":
         """A context in which to enqueue work on `stream`, or on the caller's current one."""
@@ -178,6 +177,11 @@ class Runner:
         """Count a call that this runner, or a twin of it, serves; hold the pool's turn."""
         self.record.calls += 1
         self.pool.calls += 1
+
+    @property
+    def input_dtypes(self) -> list[torch.dtype]:
+        """What the engine takes."""
+        return [buffer.dtype for buffer in self._inputs]
 
     def own(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copies of an engine's results, in the dtypes that the module would return."""

@@ -135,6 +135,12 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], names: frozenset[st
     return Call(tensors, (described, spec, autocast), spec, template, autocast)
 
 
+def constants_key(call: Call) -> tuple[Any, ...]:
+    """What tells apart two calls besides their tensors: nesting, plain values, autocast."""
+    constants = tuple(leaf if leaf is HOLE else _constant_key(leaf) for leaf in call.template)
+    return constants, call.spec, call.autocast
+
+
 def _constant_key(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, PLAIN):
         raise InputError(

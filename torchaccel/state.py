@@ -23,7 +23,7 @@ from torchaccel.options import Options
 from torchaccel.purity import attributes, differing
 from torchaccel.report import Report
 from torchaccel.runner import Pool, Runner
-from torchaccel.signature import Call
+from torchaccel.signature import Call, constants_key
 from torchaccel.watch import WeightWatch
 
 UNTRACKED = "a write that PyTorch does not track"
@@ -140,8 +140,8 @@ class State:
 
     def _plan_key(self, call: Call) -> Any:
         sizes = self.options.dynamic_batch
-        if sizes is None:
-            return call.key
+        if sizes is None:  # wherever the tensors are: they come to the engine's device
+            return tuple((tensor.shape, tensor.dtype) for tensor in call.tensors), constants_key(call)
         size = batch_size(call.tensors)
         if not sizes[0] <= size <= sizes[2]:
             raise InputError(
@@ -150,7 +150,7 @@ class State:
             )
         batched = batched_inputs(call.tensors)
         shapes = tuple((t.shape[1:] if b else t.shape, t.dtype, b) for t, b in zip(call.tensors, batched, strict=True))
-        return shapes, repr(call.template), call.spec, call.autocast
+        return shapes, constants_key(call)
 
     def check_weights(self) -> None:
         """Act on a change of the module's weights that PyTorch tracks, and at times look for those that it does not."""
@@ -184,7 +184,9 @@ class State:
         self._calls_since_check = 0
         if self.options.on_weight_change == "ignore" or self._print is None or self.watch.structure_changed():
             return
-        if not self._print_is_of_now():
+        if self.watch.changed():
+            self._take_change()
+        elif not self._print_is_of_now():
             self._take_change(UNTRACKED)
 
     def _take_change(self, what: str = "") -> None:

@@ -61,11 +61,11 @@ class _Slot:
     results: list[torch.Tensor] = field(default_factory=list)
     assemble: Callable[[list[torch.Tensor]], Any] = list
 
-    def staging(self, index: int, like: torch.Tensor) -> torch.Tensor:
+    def staging(self, index: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """This slot's pinned buffer for the batch's tensor number `index`."""
-        key = (index, like.shape, like.dtype)
+        key = (index, shape, dtype)
         if key not in self.pinned:
-            self.pinned[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            self.pinned[key] = torch.empty(shape, dtype=dtype, pin_memory=True)
         return self.pinned[key]
 
 
@@ -107,15 +107,21 @@ class Ring:
 
     Engines run in two lanes, runners of the ring's own: while one computes, the other's buffers are filled.
 
-    `find` gives the runner of a call whose tensors are on the device.
+    `find` gives the runner of a call; `keywords` are the names of the module's own arguments.
     """
 
-    def __init__(self, device: torch.device, find: Callable[[Call], Runner], preprocess: Preprocess | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        find: Callable[[Call], Runner],
+        preprocess: Preprocess | None,
+        keywords: frozenset[str] = frozenset(),
+    ) -> None:
         self._device = device
         self._find = find
         self._preprocess = preprocess
-        self._copy_in, self._copy_out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._compute = torch.cuda.Stream(device, priority=-1)  # an engine without a graph has this stream's priority
+        self._keywords = keywords
+        self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
         self._lanes: dict[Runner, deque[_Lane]] = {}
 
     def serve(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -155,29 +161,55 @@ class Ring:
 
     def _start(self, slot: _Slot, batch: Any) -> None:
         args, kwargs = read_batch(batch)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         with torch.cuda.device(self._device), torch.no_grad():
             # What the caller has enqueued may write the batch, the weights, or what `preprocess` reads.
-            self._copy_in.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._copy_in):
-                on_device = [self._copy(slot, index, leaf) for index, leaf in enumerate(leaves)]
-                slot.copied_in.record(self._copy_in)
-                args, kwargs = pytree.tree_unflatten(on_device, spec)
-                call = read_call(*preprocessed(args, kwargs, self._preprocess))
-                slot.decoded.record(self._copy_in)
+            for stream in (self._copy_in, self._compute):
+                stream.wait_stream(torch.cuda.current_stream())
+            if self._preprocess is not None:
+                args, kwargs = self._decode(slot, args, kwargs)
+            call = read_call(args, kwargs, self._keywords)
             with torch.cuda.stream(self._compute):
-                self._compute.wait_event(slot.decoded)
                 runner = self._find(call)  # which may build an engine, or refresh the weights
             self._run(slot, call, runner)
-        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.is_pinned() for leaf in leaves):
+        if any(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in given):
             slot.copied_in.synchronize()  # the source may fill its own pinned buffer anew for the next batch
+
+    def _decode(self, slot: _Slot, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copy the batch in as it is, and preprocess it beside the engine, which works on the batch before."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        with torch.cuda.stream(self._copy_in):
+            on_device = [
+                self._copy(slot, index, leaf, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+                for index, leaf in enumerate(leaves)
+            ]
+            slot.copied_in.record(self._copy_in)
+            args, kwargs = pytree.tree_unflatten(on_device, spec)
+            decoded = preprocessed(args, kwargs, self._preprocess)
+            slot.decoded.record(self._copy_in)
+        self._compute.wait_event(slot.decoded)
+        return decoded
+
+    def _copy(self, slot: _Slot, index: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the device. One in pageable memory is staged, and cast to a narrower `dtype` on the way."""
+        if tensor.device.type == "cpu" and not tensor.is_pinned():
+            narrows = tensor.is_floating_point() and dtype.is_floating_point and dtype.itemsize < tensor.itemsize
+            tensor = slot.staging(index, tensor.shape, dtype if narrows else tensor.dtype).copy_(tensor)
+        if tensor.is_cuda:
+            tensor.record_stream(self._copy_in)  # the caller may let go of it
+        return tensor.to(self._device, non_blocking=True)
 
     def _run(self, slot: _Slot, call: Call, runner: Runner) -> None:
         """Fill a lane, run its engine and copy its results out, each on its own stream."""
         lane = self._next_lane(runner)
+        inputs = call.tensors if runner.outputs.reads_inputs else ()
         with torch.cuda.stream(self._copy_in):
+            pairs = zip(call.tensors, lane.runner.input_dtypes, strict=True)
+            tensors = [self._copy(slot, index, tensor, dtype) for index, (tensor, dtype) in enumerate(pairs)]
+            if self._preprocess is None:
+                slot.copied_in.record(self._copy_in)
             self._copy_in.wait_event(lane.emptied)
-            lane.runner.load_inputs(call.tensors)
+            lane.runner.load_inputs(tensors)
             lane.filled.record(self._copy_in)
         with torch.cuda.stream(self._compute), runner.pool.turn():
             self._compute.wait_event(lane.filled)
@@ -187,12 +219,10 @@ class Ring:
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(lane.computed)
             slot.results = [_copy_out(result) for result in lane.runner.own(results)]
-            for result in results:
-                result.record_stream(self._copy_out)
-            inputs = call.tensors if runner.outputs.reads_inputs else ()
-            handed_back = [_copy_out(tensor) if tensor.is_cuda else tensor for tensor in inputs]
-            for tensor in inputs:
-                tensor.record_stream(self._copy_out)
+            handed_back = [_copy_out(tensor) if tensor.is_cuda else tensor.clone() for tensor in inputs]
+            for tensor in (*results, *inputs):
+                if tensor.is_cuda:
+                    tensor.record_stream(self._copy_out)
             lane.emptied.record(self._copy_out)
             slot.copied_out.record(self._copy_out)
         slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.clone() for tensor in handed_back])
@@ -207,13 +237,6 @@ class Ring:
         else:
             lanes.rotate()
         return lanes[-1]
-
-    def _copy(self, slot: _Slot, index: int, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if leaf.device.type == "cpu" and not leaf.is_pinned():
-            leaf = slot.staging(index, leaf).copy_(leaf)
-        return leaf.to(self._device, non_blocking=True)
 
     def _finish(self, slot: _Slot) -> Any:
         slot.copied_out.synchronize()

@@ -53,6 +53,10 @@ class WeightWatch:
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         self._versions = list(map(_version, self._tracked))
         self._shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._tensors]
+        first: dict[int, int] = {}
+        self._sharing = [first.setdefault(id(tensor), place) for place, tensor in enumerate(self._tensors)]
+        # Kept, so that new data never lands at the address of the old, where it would look the same.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
         self._snapshot: bytes | None = helper.module.snapshot(self._tensors) if helper.module else None
 
     def changed(self) -> bool:
@@ -80,14 +84,15 @@ class WeightWatch:
         )
 
     def structure_changed(self) -> bool:
-        """Whether the change is more than new values: another set of modules, names, shapes, dtypes or devices."""
+        """Whether the change is more than new values: other modules, names, shapes, dtypes, devices, or other ties."""
         fresh = WeightWatch.__new__(WeightWatch)
         fresh._module = self._module
         fresh.accept()
         same_modules = [m for m in self._held if isinstance(m, torch.nn.Module)] == [
             m for m in fresh._held if isinstance(m, torch.nn.Module)
         ]
-        return not same_modules or fresh._names != self._names or fresh._shapes != self._shapes
+        same_places = fresh._names == self._names and fresh._sharing == self._sharing
+        return not (same_modules and same_places and fresh._shapes == self._shapes)
 
     def note_step(self, stepped: set[int]) -> None:
         """An optimizer that holds the parameters with these identities has stepped."""
