@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torchaccel import streaming
 from torchaccel.dropin import OF_CALLS, class_for, delegating
 from torchaccel.errors import BackendWarning, BuildError
+from torchaccel.forking import refuse_forked_cuda
 from torchaccel.report import Report
 from torchaccel.runner import Runner
 from torchaccel.signature import Call, flatten, keyword_names, read_call
@@ -99,6 +100,8 @@ class CompiledModule(nn.Module):
         module's arguments: decode bytes and normalise there, and copy a quarter of the data.
         """
         streaming.check_preprocess(preprocess)
+        if self._state.device.type == "cuda":
+            refuse_forked_cuda()
         if self._state.device.type == "cuda" and not self.training and not self._wraps_calls():
             return streaming.Ring(self._state.device, self._find_checked, preprocess, self._keywords).serve(batches)
         return (self._serve_one(batch, preprocess) for batch in batches)

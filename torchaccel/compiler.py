@@ -18,6 +18,7 @@ from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
 from torchaccel.compiled import ITS_OWN, CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
+from torchaccel.forking import refuse_forked_cuda
 from torchaccel.options import CHECK_WEIGHTS_EVERY, Options, check_module_names, make_options
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import Report
@@ -110,6 +111,8 @@ def compile(
         "cache_dir": cache_dir,
         **unknown,
     }
+    if str(device) != "cpu":
+        refuse_forked_cuda()
     options = make_options(**arguments)
     _check_module(module, options)
     target = _device(module, options)

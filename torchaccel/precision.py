@@ -1,5 +1,6 @@
 """The precisions: one row each, and the TF32 state of the process, which two of them depend on."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 _state_lock = threading.RLock()
+# A fork waits for its turn, so that no child begins with the settings of a thread that it does not have.
+os.register_at_fork(before=_state_lock.acquire, after_in_parent=_state_lock.release, after_in_child=_state_lock.release)
 
 
 @contextmanager

@@ -76,9 +76,9 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     found = {}
     for prefix, child in module.named_modules():
         for name, value in vars(child).items():
-            # What hooks compute anew from the weights, as pruning does, is a tensor; one that is only read is a constant
-            # of the program, of which capture.py tells.
-            if name not in _OF_EVERY_MODULE and not isinstance(value, torch.Tensor):
+            # A hook that runs before the forward, such as pruning's, computes it anew from the weights each time.
+            is_computed = isinstance(value, torch.Tensor) and bool(child._forward_pre_hooks)
+            if name not in _OF_EVERY_MODULE and not is_computed:
                 contents = _contents(value) if isinstance(value, _CONTAINERS) else None
                 found[f"{prefix}.{name}" if prefix else name] = (value, contents)
     return found

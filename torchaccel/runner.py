@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from torchaccel.backends.base import Engine
+from torchaccel.forking import follow, forked_error
 from torchaccel.memory import is_out_of_memory
 from torchaccel.report import RunnerRecord
 from torchaccel.signature import OutputSpec
@@ -39,6 +40,13 @@ class Pool:
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
         # One for all captures: the allocator gives a block again only on the stream that it was first given on.
         self.capture_stream = torch.cuda.Stream(device) if self._is_cuda else None
+        follow(self)
+
+    def after_fork(self) -> None:
+        """A lock of the child's own; on a GPU there are no more turns."""
+        self._lock = threading.RLock()
+        if self._is_cuda:
+            self.__class__ = _ForkedPool
 
     def turn(self, stream: Any = None) -> "_Turn":
         """A context in which to enqueue work on `stream`, or on the caller's current one."""
@@ -83,6 +91,16 @@ class Pool:
                 self._done.record(stream)
         finally:
             self._lock.release()
+
+
+class _ForkedPool(Pool):
+    """What a pool on a GPU is in a forked child, so that no call has to look whether it is in one."""
+
+    def turn(self, stream: Any = None) -> "_Turn":
+        raise forked_error()
+
+    def synchronize(self) -> None:
+        raise forked_error()
 
 
 class _Turn:

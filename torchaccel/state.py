@@ -16,6 +16,7 @@ from torchaccel.build import Builder, Built, describe
 from torchaccel.capture import batch_size, batched_inputs
 from torchaccel.errors import InputError, StaleWeightsError
 from torchaccel.fingerprint import Fingerprint, PendingCheck, equal
+from torchaccel.forking import follow, forked_error
 from torchaccel.helper import helper
 from torchaccel.interrupts import uninterrupted
 from torchaccel.memory import release_on_exhaustion
@@ -47,6 +48,7 @@ class State:
     _print: Fingerprint | None = None
     _attributes: dict[str, Any] = field(default_factory=dict)
     _attribute_was_set: bool = False
+    _of_the_parent: Any = None  # in a forked child: the engines on a GPU, which are not to be used there
     _calls_since_check: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +57,16 @@ class State:
         self.watch = WeightWatch(self.module)
         if self.device.type == "cuda":  # where calls are short enough for the look at the weights to matter
             helper.start()
+        follow(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: a lock of its own; and no engines, if those are on a GPU."""
+        if not self._lock.acquire(blocking=False):
+            self.watch.doubt()  # another thread, which is not here, may have been refreshing the weights
+        self._lock = threading.RLock()
+        if self.device.type == "cuda":  # kept, since to free them would call CUDA
+            self._of_the_parent = self.runners, self.built, self._print, self._check
+            self.runners, self.built, self._print, self._check = OrderedDict(), {}, None, PendingCheck()
 
     def find(self, call: Call) -> Runner:
         """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
@@ -70,6 +82,8 @@ class State:
         with self._lock:
             if call.key in self.runners:
                 return self.runners[call.key]
+            if self._of_the_parent is not None:
+                raise forked_error()
             tensors = self._on_device(call)
             key = self._plan_key(call)
             built = self.built.get(key)

@@ -1,5 +1,8 @@
-"""When things go wrong on the GPU: memory that runs out, at a build and at a capture."""
+"""When things go wrong on the GPU: memory that runs out, at a build and at a capture; a fork."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +136,53 @@ def test_one_more_signature_that_does_not_fit_leaves_those_that_do(backend: str)
         assert relative_error(model(small), expected) < 1e-2
         torch.cuda.set_per_process_memory_fraction(1.0)
         assert relative_error(model(large), module(large)) < 1e-2
+
+
+FORK = """
+import os, signal, sys
+import torch
+import torchaccel
+from tests.models import small_conv_net
+
+torch.set_grad_enabled(False)
+backend = sys.argv[1]
+model = torchaccel.compile(small_conv_net(), "fp16", backend=backend)
+x = torch.randn(2, 3, 32, 32, device="cuda")
+expected = model(x)
+torch.cuda.synchronize()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    refused = 0
+    for use in (
+        lambda: model(x),
+        lambda: model(torch.zeros(2, 3, 32, 32)),
+        lambda: model.refresh(),
+        lambda: list(model.stream([torch.zeros(2, 3, 32, 32)])),
+        lambda: torchaccel.compile(small_conv_net(), "fp16", backend=backend),
+    ):
+        try:
+            use()
+        except torchaccel.BackendError as error:
+            refused += "spawn" in str(error) and "forked" in str(error)
+    on_cpu = torchaccel.compile(small_conv_net(), "fp32", backend="eager", device="cpu")
+    torch.set_num_threads(1)
+    refused += on_cpu(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+    os._exit(refused)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 6, status
+assert torch.equal(model(x), expected)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnx_tensorrt", "eager"])
+def test_a_fork_after_cuda_was_initialised_is_a_clear_error_in_the_child(backend: str) -> None:
+    need(backend)
+    root = Path(torchaccel.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, backend],
+        cwd=root, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().endswith("done")
