@@ -77,7 +77,8 @@ def test_locks_that_other_threads_hold_do_not_stop_the_child() -> None:
                 held.set()
                 done.wait()
 
-        threading.Thread(target=hold, daemon=True).start()
+        holding = threading.Thread(target=hold, daemon=True)
+        holding.start()
         held.wait()
 
         def work():
@@ -87,6 +88,7 @@ def test_locks_that_other_threads_hold_do_not_stop_the_child() -> None:
 
         status = in_child(work)
         done.set()
+        holding.join()
         assert status == 0, status
     """)
 
@@ -131,7 +133,8 @@ def test_a_refresh_that_another_thread_was_at_is_made_up_for_in_the_child() -> N
         WeightRule.compute = slowly
         for parameter in module.parameters():
             parameter.data.mul_(0.5)  # which nothing tracks
-        threading.Thread(target=model.refresh, daemon=True).start()
+        refreshing = threading.Thread(target=model.refresh, daemon=True)
+        refreshing.start()
         begun.wait()
 
         def work():
@@ -139,6 +142,7 @@ def test_a_refresh_that_another_thread_was_at_is_made_up_for_in_the_child() -> N
 
         status = in_child(work)
         go_on.set()
+        refreshing.join()
         assert status == 0, status
     """)
 

@@ -45,6 +45,7 @@ def test_a_report_is_json_with_the_figures_of_the_newest_engine_on_top() -> None
     assert engine["gates"][0]["outputs"][1]["relative_error"] == 2e-3
     assert engine["coverage"]["inside"] == {"aten.conv2d.default": 20, "aten.relu.default": 17}
     assert engine["coverage"]["outside"] == {"aten.sort.default": 2}
+    assert engine["coverage"]["outside_time_share"] is None
     assert plain["runners"][0]["graph"] is True
 
 
@@ -77,6 +78,8 @@ def test_an_empty_report_says_that_nothing_is_built_yet() -> None:
 def test_coverage_names_what_is_outside_and_counts_the_rest() -> None:
     everything = Coverage(Counter({"a": 3}), engines=1)
     assert str(everything) == "3 of 3 operators in 1 engine(s)"
+    timed = Coverage(Counter({"a": 3}), Counter({"b": 2, "c": 1}), 2, 0.25, {"b": 0.2, "c": 0.05})
+    assert str(timed) == "3 of 6 operators in 2 engine(s); outside: b ×2 (20.0%), c ×1 (5.0%); 25.0% of the time"
     some = Coverage(Counter({"a": 3}), Counter({"b": 2}), 2)
     assert str(some) == "3 of 5 operators in 2 engine(s); outside: b ×2"
     many = Coverage(Counter(), Counter({f"op{i}": 20 - i for i in range(15)}), 0)

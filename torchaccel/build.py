@@ -157,6 +157,7 @@ class Builder:
         options, record = self.options, built.record
         with _timed(record, "load_ms"), _running(built.backend), uninterrupted():
             runner = built.runner(tensors, pool, options.cuda_graph)
+        _measure_outside(record, runner)
         with _timed(record, "gate_ms"):
             if options.dynamic_batch is None:
                 self._gate(built, runner, call, tensors, expected.leaves)
@@ -233,6 +234,16 @@ class Builder:
 def describe(tensors: Sequence[torch.Tensor]) -> str:
     """The shapes and dtypes of a call's tensors, such as `float32[8, 3, 224, 224]`."""
     return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
+
+
+def _measure_outside(record: EngineRecord, runner: Runner) -> None:
+    """Let the record say what the operators outside engines cost, if there are any."""
+    coverage = record.coverage
+    if coverage is None or not coverage.outside:
+        return
+    with suppress(RuntimeError):  # what cannot be run node by node has no figures, and serves all the same
+        coverage.outside_time_shares = runner.outside_time_shares()
+        coverage.outside_time_share = sum(coverage.outside_time_shares.values())
 
 
 @contextmanager

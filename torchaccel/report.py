@@ -68,16 +68,25 @@ class GateRecord:
 
 @dataclass
 class Coverage:
-    """Which operators run inside TensorRT engines and which outside, with how often each stands in the graph."""
+    """Which operators run inside TensorRT engines and which outside, with how often each stands in the graph.
+
+    `outside_time_share` is the share of a run's time, 0 to 1, that passes outside engines, and `outside_time_shares`
+    that of each operator; None and empty where everything is inside or nothing was measured.
+    """
 
     inside: Counter[str] = field(default_factory=Counter)
     outside: Counter[str] = field(default_factory=Counter)
     engines: int = 0
+    outside_time_share: float | None = None
+    outside_time_shares: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = sum(self.inside.values()) + sum(self.outside.values())
         text = f"{sum(self.inside.values())} of {total} operators in {self.engines} engine(s)"
-        return f"{text}; outside: {_counted(self.outside)}" if self.outside else text
+        if not self.outside:
+            return text
+        text = f"{text}; outside: {_counted(self.outside, self.outside_time_shares)}"
+        return text if self.outside_time_share is None else f"{text}; {self.outside_time_share:.1%} of the time"
 
 
 @dataclass
@@ -223,7 +232,10 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     return table
 
 
-def _counted(operators: Counter[str]) -> str:
-    shown = [f"{name} ×{count}" for name, count in operators.most_common(MAX_OPERATORS_SHOWN)]
+def _counted(operators: Counter[str], shares: dict[str, float]) -> str:
+    shown = [
+        f"{name} ×{count}" + (f" ({shares[name]:.1%})" if name in shares else "")
+        for name, count in operators.most_common(MAX_OPERATORS_SHOWN)
+    ]
     hidden = len(operators) - len(shown)
     return ", ".join(shown) + (f" and {hidden} more" if hidden > 0 else "")

@@ -181,6 +181,11 @@ class Runner:
             self.load_inputs(tensors)
             return [result.clone() for result in self.run()]
 
+    def outside_time_shares(self) -> dict[str, float]:
+        """The share of a run's time that each operator outside TensorRT engines takes; waits for the device."""
+        with self._device_guard(), self.pool.turn():
+            return self._engine.outside_time_shares(*self._inputs)
+
     def load_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copy a call's tensors into the static buffers, casting on the way; hold the pool's turn."""
         for buffer, tensor in zip(self._inputs, tensors, strict=True):

@@ -49,7 +49,40 @@ def test_partial_runs_it_in_pytorch_and_the_report_names_it() -> None:
     assert [name for name in coverage.outside if "bessel" in name]
     assert coverage.engines >= 1
     assert coverage.inside
+    assert coverage.outside_time_share is not None
+    assert 0 < coverage.outside_time_share < 1
+    assert sum(coverage.outside_time_shares.values()) == pytest.approx(coverage.outside_time_share)
+    assert [name for name in coverage.outside_time_shares if "bessel" in name]
+    assert not [name for name in coverage.outside_time_shares if "tensorrt" in name]
+    assert "of the time" in str(coverage)
+    plain = model.report().to_dict()["engines"][0]["coverage"]
+    assert plain["outside_time_share"] == coverage.outside_time_share
     assert served_by_engine(model)
+
+
+def test_the_share_of_time_outside_grows_with_the_work_there() -> None:
+    need("torch_tensorrt")
+
+    class Heavy(Bessel):
+        """Many times as much work outside engines as `Bessel` has."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).relu()
+            for _ in range(20):
+                x = torch.special.bessel_j0(x.float()).to(x.dtype)
+            return self.last(x.mean((2, 3)))
+
+    shares = []
+    for kind in (Bessel, Heavy):
+        torch.manual_seed(0)
+        model = torchaccel.compile(kind().eval().cuda(), "fp16", backend="torch_tensorrt", partial=True)
+        with torch.inference_mode():
+            model(torch.randn(8, 3, 256, 256, device="cuda"))
+        coverage = model.report().engines[0].coverage
+        assert coverage is not None
+        assert coverage.outside_time_share is not None
+        shares.append(coverage.outside_time_share)
+    assert shares[0] < shares[1]
 
 
 def test_fallback_is_tried_only_when_given_and_the_report_says_why() -> None:
@@ -73,4 +106,5 @@ def test_full_coverage_is_reported() -> None:
     coverage = model.report().engines[0].coverage
     assert coverage is not None
     assert not coverage.outside
+    assert coverage.outside_time_share is None
     assert sum(coverage.inside.values()) == 2

@@ -58,6 +58,10 @@ class Engine(ABC):
         """Device memory that the engine holds outside PyTorch's allocator and the store of weights."""
         return 0
 
+    def outside_time_shares(self, *inputs: torch.Tensor) -> dict[str, float]:
+        """The share of a run's time that each operator outside TensorRT engines takes; measured, and waited for."""
+        return {}
+
 
 class Backend(ABC):
     """One way to make engines. Backends never import each other."""

@@ -27,6 +27,7 @@ from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 from torchaccel.prepare import decompose_hardswish, widen_depthwise
 from torchaccel.report import Coverage
+from torchaccel.shares import INSIDE, time_shares
 
 # Torch-TensorRT logs what it then raises, whatever it is given.
 LOGGERS = ("torch_tensorrt", "torch_tensorrt [TensorRT Conversion Context]")
@@ -98,10 +99,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
             return super().load(plan, device)
         import torch_tensorrt  # noqa: F401 - it registers the operator that the program calls
 
-        module = torch.export.load(io.BytesIO(plan.payload)).module()
-        engine = NativeEngine(module, plan.precision)
-        engine.shares_store = False
-        return engine
+        return _PartialEngine(torch.export.load(io.BytesIO(plan.payload)).module(), plan.precision)
 
     def _whole(
         self, program: Program, precision: Precision, engine: tuple[bytes, dict[str, Any]], source: Any = None
@@ -120,6 +118,32 @@ class TorchTensorRT(TensorRTBacked, Backend):
         flavour = _flavour()
         library = f"Torch-TensorRT {torch_tensorrt.__version__} on {trt.load(flavour).name}"
         return Plan(self.name, precision, payload, {"flavour": flavour, **manifest}, coverage, library)
+
+
+class _PartialEngine(NativeEngine):
+    """A program with TensorRT engines in it, as Torch-TensorRT made it."""
+
+    shares_store = False
+
+    def __init__(self, module: Any, precision: Precision) -> None:
+        super().__init__(module, precision)
+        self._module = module
+        self._precision = precision
+
+    def outside_time_shares(self, *inputs: torch.Tensor) -> dict[str, float]:
+        def run(interpret: Any, *tensors: torch.Tensor) -> Any:
+            return NativeEngine(interpret, self._precision)(*tensors)
+
+        shares = time_shares(self._module, _label, inputs, run)
+        return {name: share for name, share in shares.items() if name != INSIDE}
+
+
+def _label(node: fx.Node) -> str | None:
+    """The operator's name, or that it is an engine: Torch-TensorRT calls those through operators of its own."""
+    name = str(node.target)
+    if name.startswith("tensorrt.") or ENGINE in name:
+        return INSIDE
+    return name if node.op == "call_function" else None  # torch.export's check of the inputs is a module
 
 
 def _flavour() -> str:
