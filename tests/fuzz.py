@@ -1,18 +1,19 @@
 """Modules and calls at random: what the fuzz tests draw."""
 
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.fuzz_module import COMPUTES, OPERATIONS, Recipe
 from tests.trees import PLAIN, Other, Pair, Record, Typed, make, tensors, trees
 
-DEPTH = int(os.environ.get("TORCHACCEL_FUZZ", "1"))  # how many times the examples; above 1 they are drawn anew
+DEPTH = int(os.environ.get("TORCHACCEL_FUZZ", "1"))
 DTYPES = [
     torch.float32,
     torch.float64,
@@ -28,20 +29,23 @@ FULL_SHAPES = st.lists(st.integers(1, 3), max_size=5).map(tuple)
 SHAPES = st.lists(st.sampled_from([1, 2, 3] * 8 + [0]), max_size=5).map(tuple)
 
 
-def times_deeper(count: int) -> int:
-    """A number of examples or cases, as many times as TORCHACCEL_FUZZ says."""
-    return count * DEPTH
+def count_cases(strategy: "st.SearchStrategy[Example]", count: int, check: Callable[["Example"], int]) -> int:
+    """Check that many examples (a multiple of 10), the same ones at each run; returns how many cases they held.
 
+    In runs of ten, since after ten Hypothesis varies what it has rather than drawing anew. With TORCHACCEL_FUZZ above 1
+    there are as many times more, other ones each time.
+    """
+    cases = 0
 
-def examples_settings(count: int) -> settings:
-    """Settings for `count` examples, the same ones at each run unless TORCHACCEL_FUZZ asks for more."""
-    return settings(
-        max_examples=times_deeper(count),
-        derandomize=DEPTH == 1,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    def run(example: "Example") -> None:
+        nonlocal cases
+        cases += check(example)
+
+    first = 0 if DEPTH == 1 else random.randrange(2**32)
+    once = settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    for number in range(first, first + count * DEPTH // 10):
+        seed(number)(once(given(strategy)(run)))()
+    return cases
 
 
 @st.composite
@@ -50,8 +54,9 @@ def recipes(draw: st.DrawFn, operations: Sequence[str], fewest: int) -> Recipe:
     index = st.integers(0, 5)
     step = st.tuples(st.sampled_from(operations), index, index)
     steps = tuple(draw(st.lists(step, min_size=fewest, max_size=5)))
-    kinds = st.sampled_from(["step", "step", "step", "input", "given"])
-    result = draw(trees(st.tuples(kinds, index) | PLAIN | st.just(("seen",))))
+    kinds = st.sampled_from(["step", "step", "step", "input", "input", "given"])
+    picked = st.tuples(kinds, index)
+    result = draw(trees(picked | picked | picked | picked | PLAIN | st.just(("seen",))))
     if not any(f"('step', {i})" in repr(result) and steps[i % len(steps)][0] in COMPUTES for i in range(6)):
         result = ("tuple", [result, ("computed",)])
     return Recipe(steps, result)
@@ -83,12 +88,20 @@ class Example:
     calls: list[int]
 
 
+def changed_value(value: Any) -> Any:
+    """Another plain value; for a boolean the number that it equals."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int | float):
+        return value + 1 if abs(value) < 100 else 1.25
+    return value * 2 if isinstance(value, str | bytes) and value else 3
+
+
 def changed(tree: Any, change: str, dtypes: list[torch.dtype]) -> Any:
     """A description with all plain values, shapes, dtypes or nestings made others."""
     kind, *rest = tree
     if kind == "plain":
-        value = rest[0]
-        return (kind, value) if change != "values" else (kind, 3 if type(value) is not int else value + 1)
+        return kind, changed_value(rest[0]) if change == "values" else rest[0]
     if kind == "tensor":
         shape, dtype = rest
         if change == "shapes":

@@ -108,7 +108,7 @@ OPERATIONS: dict[str, Callable[[Drawn, torch.Tensor, torch.Tensor, Any], torch.T
     "where": lambda m, a, b, n: torch.where(a > 1, a, a + a),
     "step": lambda m, a, b, n: _stepped(a),
     "masked": lambda m, a, b, n: a.masked_fill(a > 1, 1),
-    "look up": lambda m, a, b, n: m.weight[(a * 8).long() % 4],
+    "look up": lambda m, a, b, n: nn.functional.embedding((a * 8).long() % 4, m.weight),
     "in place": lambda m, a, b, n: _in_place(a * m.scale),
     "running sum": lambda m, a, b, n: a.cumsum(0) if a.dim() else a.cumsum(-1),
     "largest": lambda m, a, b, n: a.max() if a.numel() else a,

@@ -202,6 +202,16 @@ def test_the_bound_is_the_tolerance_or_the_precision_s_own() -> None:
     assert Options("bf16", tolerance=1).bound == 1
 
 
+def test_beside_a_coarser_module_the_bound_is_the_coarser_one_s_unless_a_tolerance_is_given() -> None:
+    bounds = {name: row.bound for name, row in PRECISIONS.items()}
+    for name in ("fp32", "tf32"):
+        assert Options(name).bound_beside([torch.float32, torch.int64, torch.float64]) == bounds[name]
+        assert Options(name).bound_beside([torch.float32, torch.float16]) == bounds["fp16"]
+    assert Options("fp16").bound_beside([torch.float32]) == bounds["fp16"]
+    assert Options("fp16").bound_beside([torch.bfloat16, torch.float16]) == bounds["bf16"]
+    assert Options("fp32", tolerance=1e-6).bound_beside([torch.bfloat16]) == 1e-6
+
+
 def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().precision = "fp32"  # type: ignore[misc]

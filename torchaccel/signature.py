@@ -1,6 +1,7 @@
 """Pytree in, pytree out, and the key of a call."""
 
 import enum
+import functools
 import inspect
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -33,6 +34,7 @@ class Call(NamedTuple):
 _PYTHON = (int, float, complex, bool, str, bytes, type(None), enum.Enum, slice)
 _TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size)
 PLAIN: tuple[type, ...] = (*_PYTHON, *_TORCH)
+_LEAVES = (torch.Tensor, *PLAIN)
 
 
 class _Hole:
@@ -124,7 +126,13 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], names: frozenset[st
         (x,) = args
         autocast = _autocast_key()
         return Call((x,), (x.shape, x.dtype, x.device.type, autocast), _SINGLE, (HOLE,), autocast)
-    leaves, spec = flatten((args, kwargs))
+    leaves: Sequence[Any] = (*args, *kwargs.values())
+    if all(map(_is_leaf, leaves)):  # nothing nests: neither the walk, nor the hash of its result
+        nesting: Any = len(args), tuple(kwargs)
+        spec = _flat_spec(*nesting)
+    else:
+        leaves, nesting = flatten((args, kwargs))
+        spec = nesting
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     template = tuple(HOLE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     described = tuple(
@@ -132,7 +140,16 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], names: frozenset[st
         for leaf in leaves
     )
     autocast = _autocast_key()
-    return Call(tensors, (described, spec, autocast), spec, template, autocast)
+    return Call(tensors, (described, nesting, autocast), spec, template, autocast)
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, _LEAVES)
+
+
+@functools.lru_cache(256)
+def _flat_spec(positional: int, names: tuple[str, ...]) -> pytree.TreeSpec:
+    return pytree.tree_flatten(((0,) * positional, dict.fromkeys(names, 0)))[1]
 
 
 def constants_key(call: Call) -> tuple[Any, ...]:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import reject
 from torch import nn
 
 import torchaccel
-from tests.fuzz import FULL_SHAPES, Example, examples, examples_settings, times_deeper
+from tests.fuzz import DEPTH, FULL_SHAPES, Example, count_cases, examples
 from tests.fuzz_check import check_example
 from tests.fuzz_module import OPERATIONS
 from tests.gpu.helpers import need
@@ -17,44 +17,39 @@ NOT_FOR_TENSORRT = {"wide", "weight", "buffer", "in place", "running sum", "look
 DTYPES = [torch.float32, torch.float16, torch.int64, torch.int32, torch.bool]
 
 
-@pytest.mark.parametrize(("precision", "cases"), [("fp16", 320), ("fp32", 160), ("bf16", 160)])
-def test_hundreds_of_calls_on_the_eager_engine_behind_cuda_graphs(precision: str, cases: int) -> None:
+@pytest.mark.parametrize(("precision", "count"), [("fp16", 40), ("fp32", 20), ("bf16", 20)])
+def test_hundreds_of_calls_on_the_eager_engine_behind_cuda_graphs(precision: str, count: int) -> None:
+    """80 examples, 1280 cases."""
     need("eager", precision)
-    made: list[torchaccel.CompiledModule] = []
-    compared = 0
 
-    def compiled(module: nn.Module) -> torchaccel.CompiledModule:
-        made[:] = [torchaccel.compile(module, precision, backend="eager")]
-        return made[0]
+    def check(example: Example) -> int:
+        made: list[torchaccel.CompiledModule] = []
 
-    @examples_settings(cases // 16)
-    @given(examples())
-    def run(example: Example) -> None:
-        nonlocal compared
-        compared += check_example(example, compiled, "cuda")
+        def compiled(module: nn.Module) -> torchaccel.CompiledModule:
+            made.append(torchaccel.compile(module, precision, backend="eager"))
+            return made[0]
+
+        compared = check_example(example, compiled, "cuda")
         assert all(runner.graph for runner in made[0].report().runners)
+        return compared
 
-    run()
-    assert compared >= times_deeper(cases)
+    assert count_cases(examples(), count, check) >= 16 * count * DEPTH
 
 
 def test_dozens_of_calls_on_tensorrt() -> None:
-    """An operator that TensorRT has not is refused by name, and another example drawn; nothing else may go wrong."""
+    """Ten examples of 8 calls, 80 cases. What TensorRT refuses by name is left for another example."""
     need("onnx_tensorrt", "fp16")
-    operations = [name for name in OPERATIONS if name not in NOT_FOR_TENSORRT]
-    compared = 0
 
-    @examples_settings(6)
-    @given(examples(shapes=FULL_SHAPES, dtypes=DTYPES, operations=operations, changes=("nothing", "shapes"), steps=3))
-    def run(example: Example) -> None:
-        nonlocal compared
+    def check(example: Example) -> int:
         try:
-            compared += check_example(example, lambda m: torchaccel.compile(m, "fp16", backend="onnx_tensorrt"), "cuda")
+            return check_example(example, lambda m: torchaccel.compile(m, "fp16", backend="onnx_tensorrt"), "cuda")
         except BuildError:
             reject()
 
-    run()
-    assert compared >= times_deeper(64)
+    operations = [name for name in OPERATIONS if name not in NOT_FOR_TENSORRT]
+    changes = ("nothing", "shapes")
+    strategy = examples(shapes=FULL_SHAPES, dtypes=DTYPES, operations=operations, changes=changes, steps=3, calls=8)
+    assert count_cases(strategy, 10, check) >= 80 * DEPTH
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnx_tensorrt"])
