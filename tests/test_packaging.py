@@ -59,7 +59,8 @@ def test_the_wheel_holds_torchaccel_alone_and_all_of_it(wheel: Path) -> None:
         names = set(archive.namelist())
     packages = {name.split("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {"torchaccel"}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "torchaccel").rglob("*.py")} | {"torchaccel/py.typed"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "torchaccel").rglob("*.py")}
+    sources |= {"torchaccel/py.typed", "torchaccel/watch.cpp"}
     assert {name for name in names if name.startswith("torchaccel/")} == sources
     assert any(name.endswith("LICENSE") for name in names)
 
