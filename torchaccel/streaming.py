@@ -55,7 +55,6 @@ class _Slot:
     """One place in the ring: the events that order its steps, its pinned buffers, and the call that it serves."""
 
     copied_in: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    decoded: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     copied_out: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     pinned: dict[Any, torch.Tensor] = field(default_factory=dict)
     results: list[torch.Tensor] = field(default_factory=list)
@@ -164,31 +163,28 @@ class Ring:
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         with torch.cuda.device(self._device), torch.no_grad():
             # What the caller has enqueued may write the batch, the weights, or what `preprocess` reads.
-            for stream in (self._copy_in, self._compute):
-                stream.wait_stream(torch.cuda.current_stream())
-            if self._preprocess is not None:
-                args, kwargs = self._decode(slot, args, kwargs)
-            call = read_call(args, kwargs, self._keywords)
-            with torch.cuda.stream(self._compute):
+            self._copy_in.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copy_in):
+                if self._preprocess is not None:
+                    args, kwargs = self._decode(slot, args, kwargs)
+                call = read_call(args, kwargs, self._keywords)
                 runner = self._find(call)  # which may build an engine, or refresh the weights
-            self._run(slot, call, runner)
+                lane = self._next_lane(runner)
+                self._fill(slot, lane, call)
+            self._run(slot, lane, call, runner)
         if any(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in given):
             slot.copied_in.synchronize()  # the source may fill its own pinned buffer anew for the next batch
 
     def _decode(self, slot: _Slot, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copy the batch in as it is, and preprocess it beside the engine, which works on the batch before."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        with torch.cuda.stream(self._copy_in):
-            on_device = [
-                self._copy(slot, index, leaf, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
-                for index, leaf in enumerate(leaves)
-            ]
-            slot.copied_in.record(self._copy_in)
-            args, kwargs = pytree.tree_unflatten(on_device, spec)
-            decoded = preprocessed(args, kwargs, self._preprocess)
-            slot.decoded.record(self._copy_in)
-        self._compute.wait_event(slot.decoded)
-        return decoded
+        on_device = [
+            self._copy(slot, index, leaf, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+            for index, leaf in enumerate(leaves)
+        ]
+        slot.copied_in.record(self._copy_in)
+        args, kwargs = pytree.tree_unflatten(on_device, spec)
+        return preprocessed(args, kwargs, self._preprocess)
 
     def _copy(self, slot: _Slot, index: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the device. One in pageable memory is staged, and cast to a narrower `dtype` on the way."""
@@ -199,18 +195,19 @@ class Ring:
             tensor.record_stream(self._copy_in)  # the caller may let go of it
         return tensor.to(self._device, non_blocking=True)
 
-    def _run(self, slot: _Slot, call: Call, runner: Runner) -> None:
-        """Fill a lane, run its engine and copy its results out, each on its own stream."""
-        lane = self._next_lane(runner)
+    def _fill(self, slot: _Slot, lane: _Lane, call: Call) -> None:
+        """Copy a call's tensors into the lane's buffers, as soon as the batch before in it is done."""
+        pairs = zip(call.tensors, lane.runner.input_dtypes, strict=True)
+        tensors = [self._copy(slot, index, tensor, dtype) for index, (tensor, dtype) in enumerate(pairs)]
+        if self._preprocess is None:
+            slot.copied_in.record(self._copy_in)
+        self._copy_in.wait_event(lane.emptied)
+        lane.runner.load_inputs(tensors)
+        lane.filled.record(self._copy_in)
+
+    def _run(self, slot: _Slot, lane: _Lane, call: Call, runner: Runner) -> None:
+        """Run a lane's engine and copy its results out, each on its own stream."""
         inputs = call.tensors if runner.outputs.reads_inputs else ()
-        with torch.cuda.stream(self._copy_in):
-            pairs = zip(call.tensors, lane.runner.input_dtypes, strict=True)
-            tensors = [self._copy(slot, index, tensor, dtype) for index, (tensor, dtype) in enumerate(pairs)]
-            if self._preprocess is None:
-                slot.copied_in.record(self._copy_in)
-            self._copy_in.wait_event(lane.emptied)
-            lane.runner.load_inputs(tensors)
-            lane.filled.record(self._copy_in)
         with torch.cuda.stream(self._compute), runner.pool.turn():
             self._compute.wait_event(lane.filled)
             results = lane.runner.run()
@@ -231,9 +228,7 @@ class Ring:
         """The one of a runner's two lanes that was used longer ago; each is made when it is first needed."""
         lanes = self._lanes.setdefault(runner, deque())
         if len(lanes) < LANES:
-            with torch.cuda.stream(self._compute):
-                lanes.append(_take_lane(runner))
-            self._copy_in.wait_stream(self._compute)  # where its buffers were made
+            lanes.append(_take_lane(runner))
         else:
             lanes.rotate()
         return lanes[-1]

@@ -165,12 +165,9 @@ if child == 0:
             use()
         except torchaccel.BackendError as error:
             refused += "spawn" in str(error) and "forked" in str(error)
-    on_cpu = torchaccel.compile(small_conv_net(), "fp32", backend="eager", device="cpu")
-    torch.set_num_threads(1)
-    refused += on_cpu(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
     os._exit(refused)
 _, status = os.waitpid(child, 0)
-assert os.waitstatus_to_exitcode(status) == 6, status
+assert os.waitstatus_to_exitcode(status) == 5, status
 assert torch.equal(model(x), expected)
 print("done")
 """

@@ -101,21 +101,24 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 def stream_ms(
     model: torchaccel.CompiledModule, buffer: torch.Tensor, preprocess: Callable[..., torch.Tensor] | None = None
 ) -> float:
-    """Milliseconds a batch, the median of five rounds; a pinned buffer is filled anew for each batch."""
+    """Milliseconds a batch: the median of five rounds that agree within 5 %; a pinned buffer is filled for each batch.
+
+    In the first seconds the helper and Inductor's workers are compiled and started on the same CPU.
+    """
     content = buffer.clone()
 
     def source(count: int) -> Iterator[torch.Tensor]:
         for _ in range(count):
             yield buffer.copy_(content) if buffer.is_pinned() else buffer
 
-    rounds = []
-    for _ in range(6):
+    rounds: list[float] = []
+    while len(rounds) < 60 and (len(rounds) < 6 or max(rounds[-5:]) > 1.05 * min(rounds[-5:])):
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in model.stream(source(60), preprocess):
             pass
         rounds.append((time.perf_counter() - started) / 60 * 1e3)
-    return sorted(rounds[1:])[2]
+    return sorted(rounds[-5:])[2]
 
 
 @pytest.mark.parametrize("batch", [32, 128])
