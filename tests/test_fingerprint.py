@@ -36,7 +36,7 @@ def test_a_fingerprint_takes_tensors_of_any_kind() -> None:
     tensors = [
         torch.empty(0), torch.tensor(1.5), torch.tensor(True), torch.zeros(3, dtype=torch.uint8), torch.randn(3, 5).T,
         torch.randn(2, 2, dtype=torch.complex64), torch.zeros(5, dtype=torch.float8_e4m3fn),
-        nn.Parameter(torch.ones(2)),
+        nn.Parameter(torch.ones(2)), torch.arange(3.0)[::2][1:], torch.arange(8.0)[4:].reshape(2, 2),
     ]  # fmt: skip
     prints = fingerprint(tensors)
     assert equal(fingerprint([tensor.detach().clone() for tensor in tensors]), prints)

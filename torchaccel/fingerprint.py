@@ -20,8 +20,13 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> Fingerprint:
     raw: dict[torch.device, list[torch.Tensor]] = {}
     with torch.inference_mode(False):
         for tensor in tensors:
-            raw.setdefault(tensor.device, []).append(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+            raw.setdefault(tensor.device, []).append(_bytes(tensor.detach().contiguous()))
         return tuple(torch.stack([_weighted_sum(chunk) for chunk in _chunks(parts)]) for parts in raw.values())
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor; what has one element is that with any strides, and `view` asks for 1."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _chunks(parts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
