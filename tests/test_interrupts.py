@@ -19,7 +19,7 @@ from torchaccel.compiler import BACKENDS
 from torchaccel.interrupts import uninterrupted
 from torchaccel.precision import tf32_state
 
-MOMENTS = 30
+MOMENTS = 10
 
 # Where an interrupt meets a weakref's callback, Python says that it was ignored, and goes on.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -76,7 +76,7 @@ def is_consistent(model: CompiledModule) -> bool:
         report.builds == len(report.engines) == len(state.built)
         and len(report.runners) == len(state.runners)
         and {runner.plan_key for runner in state.runners.values()} <= set(state.built)
-        and bool(state.built) == (state._prints is not None)
+        and bool(state.built) == (state._print is not None)
         and bool(state.built) == bool(state.build.store.size_bytes())
     )
 
@@ -159,7 +159,7 @@ def test_tf32_is_restored_whenever_the_interrupt_comes() -> None:
             with tf32_state(True), tf32_state(False):
                 pass
 
-    for moment in moments(work, 40):
+    for moment in moments(work, 15):
         stopped += interrupted(work, moment)
         assert process_state() == before
     assert stopped > 10
