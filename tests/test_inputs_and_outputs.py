@@ -252,6 +252,11 @@ def test_inputs_in_every_layout_share_one_engine_whichever_comes_first(first: st
     served(lambda x, w: (x * w, x.flatten(1), x.mean((2, 3))), *calls, builds=1)
 
 
+def test_an_input_of_one_element_with_a_stride() -> None:
+    calls = [((torch.randn(3, 4)[1:2, 1::3][:, :1], torch.arange(4)[1::2][:1]), {}) for _ in range(2)]
+    served(lambda x, n: (x * 2, n + 1), *calls, builds=1)
+
+
 def test_tensors_that_share_memory_and_the_same_tensor_twice() -> None:
     storage = torch.randn(10)
     other = storage.clone()
