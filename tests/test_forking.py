@@ -73,7 +73,7 @@ def test_locks_that_other_threads_hold_do_not_stop_the_child() -> None:
         held, done = threading.Event(), threading.Event()
 
         def hold():
-            with model._state._lock, model._state.pool.turn():
+            with model._state._lock, model._state.pool._lock:
                 held.set()
                 done.wait()
 
@@ -192,6 +192,6 @@ def test_a_pool_on_a_gpu_gives_no_more_turns_in_a_child() -> None:
     pool = Pool(torch.device("cpu"))
     pool._is_cuda = True
     pool.after_fork()
-    for use in (pool.turn, pool.synchronize):
+    for use in (lambda: pool.turn(list), pool.synchronize):
         with pytest.raises(BackendError, match="forked"):
             use()

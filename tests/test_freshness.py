@@ -563,16 +563,15 @@ def test_parameters_made_in_inference_mode_have_no_version_and_are_looked_at(pre
 def test_a_vector_that_is_written_to_and_given_to_the_parameters_again(precision: str) -> None:
     """As an evolution strategy or a line search does.
 
-    The first time the parameters become views of the vector, without its version counter: the next write to it is one
-    that PyTorch does not track.
+    The first time the parameters become parts of the vector, without its version counter: the next write to it is one
+    that PyTorch does not track, whether or not it is given to them again.
     """
     model = compiled(precision)
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
-    for again in (False, True):
+    for given in (True, True, False):
         vector.mul_(1.1)
-        nn.utils.vector_to_parameters(vector, model.parameters())
-        if again:
-            model.eval()
+        if given:
+            nn.utils.vector_to_parameters(vector, model.parameters())
         assert_served_afresh(model, *inputs())
 
 

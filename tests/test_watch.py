@@ -287,3 +287,17 @@ def test_a_helper_that_comes_later_takes_over_without_missing_a_write(monkeypatc
     with torch.no_grad():
         quiet.fc.bias.add_(1)
     assert watches[0].changed()
+
+
+def test_parameters_that_are_parts_of_one_vector_are_told_from_others_that_share_memory() -> None:
+    ordinary, tied, recurrent, views, flat = (small_conv_net() for _ in range(5))
+    tied.norm.weight = tied.second_norm.weight
+    recurrent.rnn = nn.LSTM(4, 4)
+    pieces = list(recurrent.rnn.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(pieces).detach(), pieces)  # as cuDNN has them
+    whole = torch.randn(8)
+    views.register_buffer("low", whole[:4])
+    views.register_buffer("high", whole[4:])
+    from_vector(flat)
+    found = [WeightWatch(module).shares_storage for module in (ordinary, tied, recurrent, views, flat)]
+    assert found == [False, False, False, False, True]

@@ -15,7 +15,7 @@ from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
 from torchaccel.gate import Reference, compare_outputs, reference, reproduced, require, run_module
-from torchaccel.interrupts import uninterrupted
+from torchaccel.interrupts import interruption_point
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
@@ -102,7 +102,7 @@ class Builder:
         options, precision = self.options, PRECISIONS[self.options.precision]
         record = EngineRecord(describe(tensors), backend.name, precision.name, fell_back_because=reason)
         expected = reference(self.module, call, tensors)
-        with _timed(record, "export_ms"), uninterrupted():
+        with _timed(record, "export_ms"):
             program = capture(
                 self.module,
                 call,
@@ -114,7 +114,7 @@ class Builder:
         record.folded_batch_norms = program.folded
         backend.lower(program)
         self._take_weights(backend, program)
-        with _timed(record, "build_ms"), uninterrupted():
+        with _timed(record, "build_ms"):
             plan = backend.build(program, precision, pool.device, partial=options.partial)
         record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
         dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
@@ -132,11 +132,14 @@ class Builder:
         program = built.program
         expected = reference(self.module, call, tensors)
         program.inputs = tuple(engine_input(tensor, built.plan.precision.dtype) for tensor in tensors)
-        self._take_weights(built.backend, program)
-        with uninterrupted():
+        try:
+            self._take_weights(built.backend, program)
             built.plan = built.backend.rebuild(built.plan, program, pool.device, partial=self.options.partial)
-        built.engine, built.record.gates = None, ()
-        runner = self._load(built, program, call, tensors, expected, pool)
+            built.engine, built.record.gates = None, ()
+            runner = self._load(built, program, call, tensors, expected, pool)
+        except BaseException:
+            program.drop_weights()
+            raise
         built.stale = False
         return runner
 
@@ -155,7 +158,7 @@ class Builder:
     ) -> Runner:
         """Load a plan into its first runner, and gate it; then the program rests without weights."""
         options, record = self.options, built.record
-        with _timed(record, "load_ms"), _running(built.backend), uninterrupted():
+        with _timed(record, "load_ms"), _running(built.backend):
             runner = built.runner(tensors, pool, options.cuda_graph)
         _measure_outside(record, runner)
         with _timed(record, "gate_ms"):
@@ -164,7 +167,7 @@ class Builder:
             for size in sorted(set(options.dynamic_batch or ())):
                 resized = resize_batch(tensors, program.batched, size)
                 again = reference(self.module, call, resized).leaves
-                with _running(built.backend), uninterrupted():
+                with _running(built.backend):
                     sized = built.runner(resized, pool, options.cuda_graph)
                 self._gate(built, sized, call, resized, again, batch=size)
         if built.is_fresh_in_place():
@@ -259,6 +262,8 @@ def _running(backend: Backend) -> Iterator[None]:
 
 @contextmanager
 def _timed(record: EngineRecord, name: str) -> Iterator[None]:
+    """A step of a build: its time goes into the record, and an interrupt that came meanwhile is raised at its end."""
     started = time.perf_counter()
     yield
     setattr(record, name, (time.perf_counter() - started) * 1e3)
+    interruption_point()

@@ -273,8 +273,11 @@ def _export(
     if dynamic_batch and dynamic_batch[0] < dynamic_batch[2]:
         batch = Dim("batch", min=dynamic_batch[0], max=dynamic_batch[2])
         shapes = (tuple({0: batch} if is_batched else None for is_batched in batched),)
+    from torch._dynamo.convert_frame import compile_lock
+
     try:
-        with quiet("torch.fx.experimental.symbolic_shapes", "torch.export"), _one_at_a_time():
+        # One thread at a time, and none while Dynamo compiles: both keep state that the process shares.
+        with quiet("torch.fx.experimental.symbolic_shapes", "torch.export"), compile_lock:
             return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
     except TorchAccelError:
         raise
@@ -283,15 +286,6 @@ def _export(
         raise BuildError(
             f"torch.export could not capture {type(flat.module).__name__} {what}{flat.found.failure or explain(error)}"
         ) from error
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Export in one thread at a time, and in none while Dynamo compiles: both keep state that the process shares."""
-    from torch._dynamo.convert_frame import compile_lock
-
-    with compile_lock:
-        yield
 
 
 def _held(exported: ExportedProgram, name: str) -> dict[str, Any]:

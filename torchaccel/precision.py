@@ -45,23 +45,17 @@ os.register_at_fork(before=_state_lock.acquire, after_in_parent=_state_lock.rele
 def tf32_state(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32 in PyTorch's matrix products and convolutions, and restore exactly what was there before.
 
-    The state belongs to the process: a lock keeps two builds, or two engines without a graph, from mixing theirs.
+    The state belongs to the process: a lock keeps two builds, or two engines without a graph, from mixing theirs. An
+    interrupt waits until it is restored.
     """
-    with _state_lock:
-        before: Any = None
+    with uninterrupted(), _state_lock:
+        before = _take_state()
         try:
-            with uninterrupted():
-                before = _take_state()
             torch.backends.cuda.matmul.allow_tf32 = allowed  # torch.export and others read these older flags
             torch.backends.cudnn.allow_tf32 = allowed
             yield
         finally:
-            if before is not None:
-                try:
-                    _restore_state(before)
-                except KeyboardInterrupt:  # perhaps half-way
-                    _restore_state(before)
-                    raise
+            _restore_state(before)
 
 
 # Of matrix products, convolutions, recurrent networks and the CPU's matrix products.

@@ -5,11 +5,12 @@ static buffers, replays the graph, copies the outputs out and leaves an event fo
 is enqueued under one lock and the host waits for none of it.
 """
 
+import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from torchaccel.signature import OutputSpec
 
 WARM_UP_RUNS = 3
 _NO_GUARD = nullcontext()
+T = TypeVar("T")
 
 
 class Pool:
@@ -37,6 +39,8 @@ class Pool:
         self._is_cuda = device.type == "cuda"
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._done = torch.cuda.Event() if self._is_cuda else None
+        # Without PyTorch's wrapper in Python, at whose first line an interrupt could come.
+        self._record: Any = functools.partial(torch._C._CudaEventBase.record, self._done) if self._done else None
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
         # One for all captures: the allocator gives a block again only on the stream that it was first given on.
         self.capture_stream = torch.cuda.Stream(device) if self._is_cuda else None
@@ -48,9 +52,20 @@ class Pool:
         if self._is_cuda:
             self.__class__ = _ForkedPool
 
-    def turn(self, stream: Any = None) -> "_Turn":
-        """A context in which to enqueue work on `stream`, or on the caller's current one."""
-        return _Turn(self, stream)
+    def turn(self, work: Callable[[], T], stream: Any = None) -> T:
+        """What `work` returns, which enqueues on `stream` or on the caller's current one.
+
+        A function and no context manager: an interrupt at the first line of an `__exit__` would leave the lock taken.
+        """
+        with self._lock:
+            if self._done is None:
+                return work()
+            stream = stream or self._current_stream()
+            stream.wait_event(self._done)
+            try:
+                return work()
+            finally:
+                self._record(stream)
 
     def synchronize(self) -> None:
         """Wait on the host for everything that was enqueued on the device."""
@@ -62,20 +77,6 @@ class Pool:
         if self._done is not None:
             self._done.synchronize()
 
-    def enter(self, stream: Any) -> Any:
-        """Take the lock, and make `stream` wait for the last turn; returns the stream."""
-        try:
-            self._lock.acquire()
-            if self._done is None:
-                return None
-            stream = stream or self._current_stream()
-            stream.wait_event(self._done)
-        except BaseException:  # a KeyboardInterrupt among others, before or after the lock was had
-            if self._lock._is_owned():
-                self._lock.release()
-            raise
-        return stream
-
     def _current_stream(self) -> torch.cuda.Stream:
         """`torch.cuda.current_stream`, whose object is made once for each stream rather than at each call."""
         raw = torch._C._cuda_getCurrentRawStream(self.device.index)
@@ -84,39 +85,15 @@ class Pool:
             stream = self._streams[raw] = torch.cuda.current_stream(self.device)
         return stream
 
-    def leave(self, stream: Any) -> None:
-        """Make the next turn wait for `stream`, and release the lock."""
-        try:
-            if self._done is not None:
-                self._done.record(stream)
-        finally:
-            self._lock.release()
-
 
 class _ForkedPool(Pool):
     """What a pool on a GPU is in a forked child, so that no call has to look whether it is in one."""
 
-    def turn(self, stream: Any = None) -> "_Turn":
+    def turn(self, work: Callable[[], T], stream: Any = None) -> T:
         raise forked_error()
 
     def synchronize(self) -> None:
         raise forked_error()
-
-
-class _Turn:
-    """The context of `Pool.turn`: a class rather than a generator, since every call pays for it."""
-
-    __slots__ = ("_pool", "_stream")
-
-    def __init__(self, pool: Pool, stream: Any) -> None:
-        self._pool = pool
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        self._stream = self._pool.enter(self._stream)
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.leave(self._stream)
 
 
 class Runner:
@@ -170,31 +147,33 @@ class Runner:
         with self._device_guard():
             if self._is_cuda and any(on_cpu):
                 tensors = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
-            with self.pool.turn():
-                self.load_inputs(tensors)
-                results = self.own_results()
+            results = self.pool.turn(functools.partial(self._serve, tensors))
         return to_host(results) if from_host else results
+
+    def _serve(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self.load_inputs(tensors)
+        self.count_call()
+        return self.own(self.run())
 
     def check(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the engine computes for tensors on its device, in its own dtypes: for the gate; it counts as no call."""
-        with self._device_guard(), self.pool.turn():
+
+        def run() -> list[torch.Tensor]:
             self.load_inputs(tensors)
             return [result.clone() for result in self.run()]
 
+        with self._device_guard():
+            return self.pool.turn(run)
+
     def outside_time_shares(self) -> dict[str, float]:
         """The share of a run's time that each operator outside TensorRT engines takes; waits for the device."""
-        with self._device_guard(), self.pool.turn():
-            return self._engine.outside_time_shares(*self._inputs)
+        with self._device_guard():
+            return self.pool.turn(functools.partial(self._engine.outside_time_shares, *self._inputs))
 
     def load_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copy a call's tensors into the static buffers, casting on the way; hold the pool's turn."""
         for buffer, tensor in zip(self._inputs, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
-
-    def own_results(self) -> list[torch.Tensor]:
-        """Run, and copy the results out into tensors of the caller's own; hold the pool's turn."""
-        self.count_call()
-        return self.own(self.run())
 
     def count_call(self) -> None:
         """Count a call that this runner, or a twin of it, serves; hold the pool's turn."""
@@ -224,8 +203,7 @@ class Runner:
 
     def replay(self) -> None:
         """One run on the static buffers as they are, without copies: what the engine alone costs."""
-        with self.pool.turn():
-            self.run()
+        self.pool.turn(self.run)
 
     def _device_guard(self) -> Any:
         """A graph replays on the current device's stream, whatever device it was captured on."""
@@ -252,8 +230,8 @@ class Runner:
         assert side is not None
         side.wait_stream(current)
         try:
-            with torch.cuda.device(device), self.pool.turn(side), torch.inference_mode(False), torch.no_grad():
-                self._capture_on(side)
+            with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+                self.pool.turn(functools.partial(self._capture_on, side), side)
         finally:  # what a failure frees, the caller's stream may take only after the side stream has done with it
             current.wait_stream(side)
 

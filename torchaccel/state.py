@@ -73,7 +73,8 @@ class State:
         runner = self.runners.get(call.key)
         if runner is None:
             making = functools.partial(self._miss, call)
-            return release_on_exhaustion(making, describe(call.tensors), self.device, self.options.max_runners)
+            with uninterrupted():
+                return release_on_exhaustion(making, describe(call.tensors), self.device, self.options.max_runners)
         with suppress(KeyError):  # another thread has just dropped it; it still serves this call
             self.runners.move_to_end(call.key)
         return runner
@@ -92,13 +93,11 @@ class State:
             elif built.stale:
                 runner = self._rebuild(built, call, tensors)
             else:
-                with uninterrupted():
-                    runner = built.runner(tensors, self.pool, self.options.cuda_graph)
-            with uninterrupted():
-                runner.plan_key = key
-                self.runners[call.key] = runner
-                while len(self.runners) > self.options.max_runners:
-                    self.runners.popitem(last=False)
+                runner = built.runner(tensors, self.pool, self.options.cuda_graph)
+            runner.plan_key = key
+            self.runners[call.key] = runner
+            while len(self.runners) > self.options.max_runners:
+                self.runners.popitem(last=False)
             return runner
 
     def _build(self, key: Any, call: Call, tensors: list[torch.Tensor]) -> Runner:
@@ -107,8 +106,7 @@ class State:
         built, runner = self.build(call, tensors, self.pool)
         self.pool.synchronize()
         built.record.first_call_ms = _ms_since(started)
-        with uninterrupted():
-            self._register(key, built)
+        self._register(key, built)
         return runner
 
     def _rebuild(self, built: Built, call: Call, tensors: list[torch.Tensor]) -> Runner:
@@ -174,6 +172,8 @@ class State:
             raise StaleWeightsError(self.stale)
         if self.watch.changed():
             self._take_change()
+        elif self.watch.shares_storage:
+            self.check_untracked()  # a write to the whole bumps no version of the parts
         every = self.options.check_weights_every
         if every is not None:
             self._calls_since_check += 1
@@ -182,16 +182,17 @@ class State:
 
     def _look_behind(self, start: bool) -> None:
         """Start a look for untracked writes, or act on one whose result is there; the host waits for neither."""
-        if not self._lock.acquire(blocking=False):
-            return  # another thread builds or refreshes
-        try:
-            if start and self._print is not None and not self._check.is_under_way:
-                self._calls_since_check = 0
-                self._check.start(self.watch.fingerprint(), self._print)
-            if self._check.take():
-                self._take_change(UNTRACKED)
-        finally:
-            self._lock.release()
+        with uninterrupted():
+            if not self._lock.acquire(blocking=False):
+                return  # another thread builds or refreshes
+            try:
+                if start and self._print is not None and not self._check.is_under_way:
+                    self._calls_since_check = 0
+                    self._check.start(self.watch.fingerprint(), self._print)
+                if self._check.take():
+                    self._take_change(UNTRACKED)
+            finally:
+                self._lock.release()
 
     def check_untracked(self) -> None:
         """Compare the fingerprint of the weights with that of the last refresh; waits for the device."""
@@ -220,18 +221,17 @@ class State:
 
         Enqueued on the current stream, in one turn of the pool: each call's result is from before or from after it.
         """
-        with self._lock:
+        with uninterrupted(), self._lock:
             started = time.perf_counter()
             self.stale = ""
             self._check.forget()
-            self.watch.doubt()  # until all of it is done: an interrupted refresh is made up for at the next call
+            self.watch.doubt()  # until all of it is done: a refresh that fails is made up for at the next call
             looks = bool(what) or self._attribute_was_set
             self._attribute_was_set = False
             if self.watch.structure_changed() or (looks and self._attributes_changed()):
                 self._drop_all()
             else:
-                with self.pool.turn():
-                    self.build.store.refresh(self.module)
+                self.pool.turn(functools.partial(self.build.store.refresh, self.module))
                 self._outdate([built for built in self.built.values() if not built.is_fresh_in_place()])
             if what:
                 self.report.events.append(f"refreshed after {what}")

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchaccel.errors import OptionError
+from torchaccel.interrupts import uninterrupted
 from torchaccel.runner import Runner
 from torchaccel.signature import Call, read_call
 
@@ -88,9 +89,10 @@ def _take_lane(runner: Runner) -> _Lane:
         spare = _spare.get(runner)
         if spare:
             return spare.pop()
-    lane = _Lane(runner.twin())
-    runner.record.device_mib += lane.runner.record.device_mib
-    return lane
+    with uninterrupted():
+        lane = _Lane(runner.twin())
+        runner.record.device_mib += lane.runner.record.device_mib
+        return lane
 
 
 def _give_back(lanes: dict[Runner, deque[_Lane]]) -> None:
@@ -208,11 +210,16 @@ class Ring:
     def _run(self, slot: _Slot, lane: _Lane, call: Call, runner: Runner) -> None:
         """Run a lane's engine and copy its results out, each on its own stream."""
         inputs = call.tensors if runner.outputs.reads_inputs else ()
-        with torch.cuda.stream(self._compute), runner.pool.turn():
+
+        def compute() -> tuple[torch.Tensor, ...]:
             self._compute.wait_event(lane.filled)
             results = lane.runner.run()
             runner.count_call()
             lane.computed.record(self._compute)
+            return results
+
+        with torch.cuda.stream(self._compute):
+            results = runner.pool.turn(compute)
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(lane.computed)
             slot.results = [_copy_out(result) for result in lane.runner.own(results)]

@@ -57,6 +57,7 @@ class WeightWatch:
         self._sharing = [first.setdefault(id(tensor), place) for place, tensor in enumerate(self._tensors)]
         # Kept, so that new data never lands at the address of the old, where it would look the same.
         self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self.shares_storage = self._any_storage_is_shared()
         self._snapshot: bytes | None = helper.module.snapshot(self._tensors) if helper.module else None
 
     def changed(self) -> bool:
@@ -82,6 +83,21 @@ class WeightWatch:
             or list(map(_version, self._tracked)) != self._versions
             or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
         )
+
+    def _any_storage_is_shared(self) -> bool:
+        """Whether several tensors are parts of one storage, as `vector_to_parameters` leaves them.
+
+        A write to the vector bumps no version of theirs. Views, which share their version with the whole, do not count,
+        nor do a recurrent network's own weights, which cuDNN wants in one piece.
+        """
+        owners: dict[int, set[int]] = {}
+        for child in self._module.modules():
+            is_recurrent = isinstance(child, torch.nn.RNNBase)
+            for tensor in (*child._parameters.values(), *child._buffers.values()):
+                if tensor is not None and tensor.numel() and not tensor._is_view():
+                    owner = id(child) if is_recurrent else id(tensor)
+                    owners.setdefault(tensor.untyped_storage()._cdata, set()).add(owner)
+        return any(len(held) > 1 for held in owners.values())
 
     def structure_changed(self) -> bool:
         """Whether the change is more than new values: other modules, names, shapes, dtypes, devices, or other ties."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torchaccel import trt
 from torchaccel.capture import Program
 from torchaccel.environment import device_problem
+from torchaccel.interrupts import uninterrupted
 from torchaccel.precision import Precision, tf32_state
 from torchaccel.report import Coverage
 
@@ -120,11 +122,10 @@ class NativeEngine(Engine):
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run it with TF32 as the precision has it, outside inference mode, without autograd or autocast."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(inputs_kind(inputs), enabled=False):
-            if not self._matters:
-                return tuple(self._run(*inputs))
-            with tf32_state(self._tf32):
-                return tuple(self._run(*inputs))
+        tf32 = tf32_state(self._tf32) if self._matters else nullcontext()
+        off = torch.autocast(inputs_kind(inputs), enabled=False)
+        with uninterrupted(), torch.inference_mode(False), torch.no_grad(), off, tf32:
+            return tuple(self._run(*inputs))
 
 
 def inputs_kind(tensors: Sequence[torch.Tensor]) -> str:

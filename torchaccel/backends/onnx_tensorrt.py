@@ -50,17 +50,19 @@ class OnnxTensorRT(TensorRTBacked, Backend):
         tensorrt = trt.load()
         names = [value.name for value in model.graph.inputs]
         profile = [(name, *program.shapes(index)) for index, name in enumerate(names)]
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "model.onnx")
-            save(model, path)
-            serialised = trt.build_from_onnx(tensorrt, path, profile, tf32=precision.tf32)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = str(Path(folder) / "model.onnx")
+                save(model, path)
+                serialised = trt.build_from_onnx(tensorrt, path, profile, tf32=precision.tf32)
+        finally:
+            drop_weights(model, program)
         manifest = {
             "flavour": tensorrt.flavour,
             "inputs": list(enumerate(names)),
             "outputs": [value.name for value in model.graph.outputs],
         }
         coverage = Coverage(inside=program.operators, engines=1)
-        drop_weights(model, program)
         return Plan(self.name, precision, serialised, manifest, coverage, tensorrt.name, source=model)
 
 
