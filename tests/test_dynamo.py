@@ -482,7 +482,7 @@ def test_a_mode_of_the_module_is_a_graph_of_its_own() -> None:
     [
         ({"precison": "fp16"}, "'precison'; allowed are 'precision', 'backend'"),
         ({"precision": "fp17"}, "precision='fp17': allowed are 'fp32', 'tf32', 'fp16', 'bf16'"),
-        ({"backend": "tensorrt"}, "backend='tensorrt': allowed are 'auto', 'torch_tensorrt'"),
+        ({"backend": "tensorrt"}, "backend='tensorrt': allowed are 'auto', 'fastest', 'torch_tensorrt'"),
         ({"max_runners": 0}, "max_runners=0: allowed is"),
         ({"device": "meta"}, "device='meta': allowed are"),
         ({"race_budget_s": 1.0}, "race_budget_s belongs to"),

@@ -106,15 +106,10 @@ def test_a_combination_that_makes_no_sense_is_refused(options: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("backend", "fastest"),
-        ("backend", "fused"),
-        ("objective", "throughput"),
-        ("objective", "stream"),
-        ("race_budget_s", 60.0),
         ("cache_dir", "plans"),
     ],
 )
-def test_what_belongs_to_the_race_or_the_cache_answers_that_it_is_not_there_yet(name: str, value: Any) -> None:
+def test_what_belongs_to_the_cache_answers_that_it_is_not_there_yet(name: str, value: Any) -> None:
     with pytest.raises(OptionError, match="not there yet") as caught:
         compile_with(**{name: value})
     assert name in str(caught.value)

@@ -9,7 +9,7 @@ torch.Size([3, 2])
 
 from torchaccel import dynamo
 from torchaccel.compiled import CompiledModule
-from torchaccel.compiler import backends, compile
+from torchaccel.compiler import backends, compile, race
 from torchaccel.environment import environment
 from torchaccel.errors import (
     AccuracyError,
@@ -45,4 +45,5 @@ __all__ = [
     "dynamo",
     "environment",
     "measure",
+    "race",
 ]

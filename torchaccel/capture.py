@@ -61,6 +61,11 @@ class Program:
         for name, tensor in zip(self.rules, store.get(self.rules.values(), module), strict=True):
             put_weight(self.exported, name, tensor)
 
+    def size_bytes(self) -> int:
+        """The memory that its weights take."""
+        weights = [_held(self.exported, name)[name] for name in self.rules]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
     def drop_weights(self) -> None:
         """Keep the shapes and dtypes of weights and examples and let their memory go."""
         drop_weights(self.exported, self.rules)

@@ -21,7 +21,8 @@ from torchaccel.errors import BackendError, BackendWarning, OptionError
 from torchaccel.forking import refuse_forked_cuda
 from torchaccel.options import CHECK_WEIGHTS_EVERY, Options, check_module_names, make_options
 from torchaccel.precision import PRECISIONS
-from torchaccel.report import Report
+from torchaccel.race import Racer
+from torchaccel.report import RaceRecord, Report
 from torchaccel.runner import Pool
 from torchaccel.state import State, describe_device, module_device
 from torchaccel.streaming import read_batch
@@ -29,6 +30,7 @@ from torchaccel.weights import WeightStore
 
 BACKENDS: dict[str, Backend] = {row.name: row for row in (TorchTensorRT(), OnnxTensorRT(), Inductor(), Eager())}
 AUTO = ("torch_tensorrt", "inductor", "eager")  # what "auto" means, best first
+FIELD = (*BACKENDS.values(), Inductor(autotune=True))  # who takes part in a race, the slowest to build last
 
 
 def compile(
@@ -62,7 +64,8 @@ def compile(
         precision: what engines compute in: "fp32" (IEEE), "tf32", "fp16" or "bf16".
         inputs: a batch to build for at once: a tensor, a tuple of arguments or a dict of keyword arguments.
         backend: "auto" (Torch-TensorRT where it is usable, else the best PyTorch-native one, with a warning),
-            "torch_tensorrt", "onnx_tensorrt", "inductor" or "eager"; a named one runs or raises.
+            "torch_tensorrt", "onnx_tensorrt", "inductor" or "eager"; a named one runs or raises. "fastest" builds and
+            checks them all, times the survivors side by side for each signature, and keeps the fastest.
         fallback: the backend to try after a failed build or gate; None raises.
         dynamic_batch: (min, opt, max): one engine for all batch sizes in that range, at its best at opt.
         device: where to run; None takes the module's GPU, else the current one, else the CPU.
@@ -74,8 +77,9 @@ def compile(
         on_weight_change: "refresh" engines at the next call, "raise", or "ignore" changes until `refresh()`.
         check_weights_every: calls between two looks for writes that PyTorch does not track, which the host does not
             wait for: the calls after one act on it. None looks only at `eval()` and `refresh()`.
-        objective: what a race decides by; "latency".
-        race_budget_s: how long a race may take; there is none yet.
+        objective: what backend="fastest" decides by: the time of a call on the device ("latency", and "throughput",
+            which is the same at a given batch) or of batches from the host through `stream()` ("stream").
+        race_budget_s: after how many seconds a race builds no further candidate; None is 600.
         cache_dir: where plans are kept between processes; there is no such cache yet.
         unknown: nothing; any other name is answered with the ones that come close.
 
@@ -128,15 +132,48 @@ def compile(
 
 def _compiled(module: nn.Module, options: Options, target: torch.device) -> CompiledModule:
     """The module in its mode and on its device, compiled for `target`."""
-    chosen, reason = choose(options, target)
-    backends: tuple[Backend, ...] = (chosen,)
-    if options.fallback is not None:
-        backends += (require_usable(BACKENDS[options.fallback], options, target),)
-    name = type(module).__name__
-    report = Report(name, options.precision, describe_device(target), options.backend, chosen.name, reason)
-    builder = Builder(module, options, backends, WeightStore())
+    report = Report(type(module).__name__, options.precision, describe_device(target), options.backend)
+    if options.backend == "fastest":
+        builder: Builder = _racer(module, options, target, report)
+    else:
+        chosen, report.backend_reason = choose(options, target)
+        report.backend = chosen.name
+        backends: tuple[Backend, ...] = (chosen,)
+        if options.fallback is not None:
+            backends += (require_usable(BACKENDS[options.fallback], options, target),)
+        builder = Builder(module, options, backends, WeightStore())
     remake = functools.partial(_remade, options)
     return CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
+
+
+def _racer(module: nn.Module, options: Options, target: torch.device, report: Report) -> Racer:
+    """A race of all that can serve the options on a device; its field has the reasons of the others."""
+    problems = {backend.name: unusable(backend, options, target) for backend in FIELD}
+    able = tuple(backend for backend in FIELD if problems[backend.name] is None)
+    out = {name: problem for name, problem in problems.items() if problem is not None}
+    if not able:
+        said = "; ".join(f"{name}: {problem}" for name, problem in out.items())
+        raise BackendError(f"no backend can compute {options.precision} on {target}. {said}")
+    return Racer(module, options, able, WeightStore(), out, report.races)
+
+
+def race(module: nn.Module, inputs: Any, precision: str = "fp16", **options: Any) -> RaceRecord:
+    """Race every backend on a module and a batch, and return the field without keeping an engine.
+
+    `inputs` and `options` are those of `compile`, whose errors are raised. As `compile` does, it puts the module into
+    eval mode and, where there is a GPU, moves it there.
+
+    >>> field = race(torch.nn.Linear(4, 2), torch.ones(3, 4), "fp32", device="cpu", race_budget_s=1e-3)
+    >>> field.winner.outcome, field.winner.ratio
+    ('won', 1.0)
+    """
+    for name in ("backend", "inputs"):
+        if name in options:
+            raise OptionError(f"race() has no argument {name!r} among its options: every backend races, on `inputs`.")
+    if inputs is None:
+        raise OptionError("inputs=None: a race needs a batch: a tensor, a tuple of arguments or a dict of keywords.")
+    model = compile(module, precision, inputs=inputs, backend="fastest", **options)
+    return model.report().races[-1]
 
 
 def _remade(options: Options, module: nn.Module) -> CompiledModule:

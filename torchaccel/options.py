@@ -15,7 +15,8 @@ from torchaccel.precision import PRECISIONS
 BACKENDS = ("torch_tensorrt", "onnx_tensorrt", "inductor", "eager")
 ON_WEIGHT_CHANGE = ("refresh", "raise", "ignore")
 CHECK_WEIGHTS_EVERY = 1000  # a look takes the host about a millisecond: a microsecond a call
-NOT_THERE_YET = {"backend": ("fused", "fastest"), "objective": ("throughput", "stream")}
+OBJECTIVES = ("latency", "throughput", "stream")
+RACE_BUDGET_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ class Options:
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
-        _one_of("backend", self.backend, ("auto", *BACKENDS))
+        _one_of("backend", self.backend, ("auto", "fastest", *BACKENDS))
         if self.fallback is not None:
             _one_of("fallback", self.fallback, BACKENDS)
             if self.fallback == self.backend:
                 raise OptionError(f"fallback={self.fallback!r} is the backend itself; name another one, or None.")
+            if self.backend == "fastest":
+                raise OptionError(f"fallback={self.fallback!r}: backend='fastest' tries every backend; leave it out.")
         _one_of("on_weight_change", self.on_weight_change, ON_WEIGHT_CHANGE)
-        _one_of("objective", self.objective, ("latency",))
+        _one_of("objective", self.objective, OBJECTIVES)
+        if self.objective != "latency" and self.backend != "fastest":
+            raise OptionError(f"objective={self.objective!r} is what backend='fastest' decides by; give both.")
         for name in ("partial", "cuda_graph"):
             _check(name, getattr(self, name), lambda value: isinstance(value, bool), "True or False")
         _check("max_runners", self.max_runners, _is_count, "a whole number of at least 1")
@@ -55,16 +60,16 @@ class Options:
         if self.tolerance is not None:
             _check("tolerance", self.tolerance, _is_positive, "None or a positive relative error such as 1e-2")
         if self.race_budget_s is not None:
-            raise OptionError(
-                "race_budget_s belongs to backend='fastest', which is not there yet; leave it out and name a backend."
-            )
+            _check("race_budget_s", self.race_budget_s, _is_positive, "None or a positive number of seconds")
+            if self.backend != "fastest":
+                raise OptionError("race_budget_s belongs to backend='fastest'; leave it out, or give that.")
         if self.cache_dir is not None:
             raise OptionError("cache_dir belongs to the cache of plans, which is not there yet; leave it out.")
         self._check_dynamic_batch()
-        if self.partial and self.backend not in ("auto", "torch_tensorrt"):
+        if self.partial and self.backend not in ("auto", "fastest", "torch_tensorrt"):
             raise OptionError(
-                f"partial=True lets operators run outside engines, which only backend='torch_tensorrt' (or 'auto') "
-                f"can do; it was given with backend={self.backend!r}."
+                f"partial=True lets operators run outside engines, which only backend='torch_tensorrt' (or 'auto', "
+                f"or 'fastest') can do; it was given with backend={self.backend!r}."
             )
 
     def _check_dynamic_batch(self) -> None:
@@ -156,12 +161,8 @@ def _names(keep_fp32: Any) -> tuple[str, ...]:
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
-    is_name = isinstance(value, str)
-    if is_name and value in allowed:
-        return
-    is_later = is_name and value in NOT_THERE_YET.get(name, ())
-    later = " It belongs to the race, which is not there yet." if is_later else ""
-    raise OptionError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}.{later}")
+    if not isinstance(value, str) or value not in allowed:
+        raise OptionError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
 
 
 def _check(name: str, value: Any, is_allowed: Any, allowed: str) -> None:

@@ -114,6 +114,50 @@ class EngineRecord:
 
 
 @dataclass
+class RaceEntry:
+    """One backend in a race: `outcome` is "won", "lost" or, with the reason, "out" (not built, or stopped by the gate).
+
+    `median_ms` is of a call, or of some batches through `stream()`; `ratio` is over the winner's; `build_ms` is the
+    whole build, gate included; `device_mib` weights, buffers and graph.
+    """
+
+    name: str
+    outcome: str = "out"
+    reason: str = ""
+    median_ms: float | None = None
+    ratio: float | None = None
+    relative_error: float | None = None
+    device_mib: float = 0.0
+    build_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class RaceRecord:
+    """One race: the field at one signature, fastest first. Printed, it is a table."""
+
+    signature: str
+    objective: str
+    entries: tuple[RaceEntry, ...]
+    race_ms: float = 0.0
+
+    @property
+    def winner(self) -> RaceEntry:
+        """Who won."""
+        return next(entry for entry in self.entries if entry.outcome == "won")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __rich__(self) -> "Table":
+        title = f"race for {self.objective}, {self.signature}: {self.race_ms / 1e3:.1f} s"
+        return _table(title, _RACE_COLUMNS, [_race_row(entry) for entry in self.entries])
+
+    def __str__(self) -> str:
+        return _printed(self)
+
+
+@dataclass
 class RunnerRecord:
     """One runner: its signature, whether its graph is in use or why not, and its memory."""
 
@@ -148,6 +192,7 @@ class Report:
     engines: list[EngineRecord] = field(default_factory=list)
     runners: list[RunnerRecord] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    races: list[RaceRecord] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain dictionaries, lists, numbers and strings, ready for JSON.
@@ -175,6 +220,7 @@ class Report:
             parts.append(_table("engines", _ENGINE_COLUMNS, [_engine_row(engine) for engine in self.engines]))
         if self.runners:
             parts.append(_table("runners", _RUNNER_COLUMNS, [_runner_row(runner) for runner in self.runners]))
+        parts += self.races
         for engine in self.engines:
             if engine.fell_back_because:
                 parts.append(f"• {engine.backend} is the fallback: {engine.fell_back_because}".replace("[", "\\["))
@@ -182,11 +228,7 @@ class Report:
         return Group(*parts)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        buffer = io.StringIO()
-        Console(file=buffer, width=120).print(self)
-        return buffer.getvalue()
+        return _printed(self)
 
     def _summary(self) -> list[tuple[str, ...]]:
         backend = self.backend or "none yet: it is built at the first call"
@@ -204,6 +246,24 @@ class Report:
 _TIMES = ("export ms", "build ms", "load ms", "first call ms", "refresh ms")
 _ENGINE_COLUMNS = ("inputs", "backend", *_TIMES, "error", "bound", "coverage")
 _RUNNER_COLUMNS = ("inputs", "CUDA graph", "device MiB", "calls")
+
+
+_RACE_COLUMNS = ("backend", "outcome", "median ms", "ratio", "error", "device MiB", "build ms", "why")
+
+
+def _race_row(entry: RaceEntry) -> tuple[str, ...]:
+    figures = ((entry.median_ms, ".4g"), (entry.ratio, ".3f"), (entry.relative_error, ".2g"))
+    shown = ["-" if value is None else format(value, shape) for value, shape in figures]
+    built = ("-", "-") if entry.build_ms is None else (f"{entry.device_mib:.1f}", f"{entry.build_ms:.0f}")
+    return (entry.name, entry.outcome, *shown, *built, entry.reason)
+
+
+def _printed(shown: Any) -> str:
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    Console(file=buffer, width=120).print(shown)
+    return buffer.getvalue()
 
 
 def _engine_row(engine: EngineRecord) -> tuple[str, ...]:

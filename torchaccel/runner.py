@@ -147,13 +147,19 @@ class Runner:
         with self._device_guard():
             if self._is_cuda and any(on_cpu):
                 tensors = [self._stage(tensor, reuse_pinned=from_host) for tensor in tensors]
-            results = self.pool.turn(functools.partial(self._serve, tensors))
+            results = self.pool.turn(functools.partial(self._serve, tensors, counted=True))
         return to_host(results) if from_host else results
 
-    def _serve(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _serve(self, tensors: Sequence[torch.Tensor], counted: bool) -> list[torch.Tensor]:
         self.load_inputs(tensors)
-        self.count_call()
+        if counted:
+            self.count_call()
         return self.own(self.run())
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What a call does for tensors on the device; it counts as none."""
+        with self._device_guard():
+            return self.pool.turn(functools.partial(self._serve, tensors, counted=False))
 
     def check(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the engine computes for tensors on its device, in its own dtypes: for the gate; it counts as no call."""

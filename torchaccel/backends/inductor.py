@@ -9,9 +9,14 @@ from torchaccel.errors import BuildError
 
 
 class Inductor(NativeBackend):
-    """Inductor, without CUDA graphs of its own: the runner captures its kernels."""
+    """Inductor, without CUDA graphs of its own: the runner captures its kernels.
 
-    name = "inductor"
+    `autotune` has it try its own templates for matrix products and convolutions, which takes minutes.
+    """
+
+    def __init__(self, autotune: bool = False) -> None:
+        self._mode = "max-autotune-no-cudagraphs" if autotune else None
+        self.name = "inductor-autotuned" if autotune else "inductor"
 
     def unavailable(self) -> str | None:
         """Inductor compiles its kernels with a C++ compiler on the CPU, and through Triton on a GPU."""
@@ -25,7 +30,7 @@ class Inductor(NativeBackend):
         """Generate and compile the kernels, by a first run on the program's own examples."""
         program: Program = plan.payload
         graph_module = program.exported.module(check_guards=False)
-        compiled = torch.compile(graph_module, fullgraph=True, dynamic=program.batch is not None)
+        compiled = torch.compile(graph_module, fullgraph=True, dynamic=program.batch is not None, mode=self._mode)
         engine = NativeEngine(compiled, plan.precision, program.channels_last)
         try:
             with quiet():

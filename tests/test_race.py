@@ -1,0 +1,225 @@
+"""The race, on the CPU: real engines that are made slower, wrong or impossible."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchaccel
+from tests.helpers import relative_error
+from tests.models import small_conv_net
+from torchaccel import compiler
+from torchaccel.backends.base import Backend, Engine, Plan
+from torchaccel.backends.eager import Eager
+from torchaccel.compiled import CompiledModule
+from torchaccel.errors import BuildError, OptionError
+from torchaccel.report import RaceRecord
+from torchaccel.weights import WeightRule
+
+
+class _Changed(Engine):
+    """An engine with something done to its results."""
+
+    shares_store = True
+
+    def __init__(self, engine: Engine, change: Callable[[Any], Any], mib: int) -> None:
+        self._engine, self._change, self._mib = engine, change, mib
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(map(self._change, self._engine(*inputs)))
+
+    def device_bytes(self) -> int:
+        return self._mib << 20
+
+
+class Changed(Eager):
+    def __init__(self, name: str, change: Callable[[Any], Any] = lambda result: result, mib: int = 0) -> None:
+        self.name, self._change, self._mib = name, change, mib
+        self.built = 0
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        self.built += 1
+        return _Changed(super().load(plan, device), self._change, self._mib)
+
+
+def slower(milliseconds: float) -> Callable[[Any], Any]:
+    def change(result: torch.Tensor) -> torch.Tensor:
+        time.sleep(milliseconds / 1e3)
+        return result
+
+    return change
+
+
+class Failing(Eager):
+    name = "failing"
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        raise BuildError("it cannot be built.")
+
+
+class Absent(Eager):
+    name = "absent"
+
+    def unavailable(self) -> str | None:
+        return "it is not installed"
+
+
+@pytest.fixture
+def compete(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledModule]:
+    def compiled(*field: Backend, module: nn.Module | None = None, **options: Any) -> CompiledModule:
+        monkeypatch.setattr(compiler, "FIELD", field)
+        module = small_conv_net() if module is None else module
+        return torchaccel.compile(module, "fp32", backend="fastest", device="cpu", **options)
+
+    return compiled
+
+
+def outcomes(record: RaceRecord) -> dict[str, str]:
+    return {entry.name: entry.outcome for entry in record.entries}
+
+
+def images(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 8, 8)
+
+
+def rules(model: CompiledModule) -> Sequence[WeightRule]:
+    return sorted(model._state.build.store.rules(), key=str)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def test_the_fastest_that_is_right_serves_and_the_report_has_the_whole_field(compete: Any) -> None:
+    wrong = Changed("wrong", lambda result: result * 1.1)
+    field = (
+        Changed("slow", slower(6)),
+        Failing(),
+        wrong,
+        Absent(),
+        Changed("fast", slower(1)),
+        Changed("mid", slower(3)),
+    )
+    model = compete(*field)
+    x = images()
+    result = model(x)
+    assert relative_error(result, model.module(x)) < 1e-5
+    report = model.report()
+    (race,) = report.races
+    assert outcomes(race) == {
+        "fast": "won", "mid": "lost", "slow": "lost", "absent": "out", "failing": "out", "wrong": "out",
+    }  # fmt: skip
+    assert [entry.name for entry in race.entries][:3] == ["fast", "mid", "slow"]
+    by_name = {entry.name: entry for entry in race.entries}
+    assert by_name["absent"].reason == "it is not installed"
+    assert "cannot be built" in by_name["failing"].reason
+    assert "relative error 0.1" in by_name["wrong"].reason
+    assert by_name["slow"].ratio is not None
+    assert by_name["slow"].ratio > 3 > by_name["mid"].ratio > 1.5
+    assert "of the winner's time" in by_name["slow"].reason
+    assert by_name["fast"].relative_error is not None
+    assert by_name["fast"].build_ms is not None
+    assert race.winner.name == report.backend == report.engines[0].backend == "fast"
+    assert report.builds == len(report.engines) == len(report.runners) == 1
+    assert report.calls_by_engine == report.runners[0].calls == 1
+    assert report.to_dict()["races"][0]["entries"][0]["outcome"] == "won"
+    for said in ("race for latency", "fast", "not installed"):
+        assert said in str(report)
+        assert said in str(race)
+
+
+def test_what_the_losers_built_is_released(compete: Any) -> None:
+    alone, among = compete(Eager()), compete(Changed("slow", slower(5)), Eager())
+    x = images()
+    alone(x)
+    among(x)
+    assert rules(among) == rules(alone)
+    assert [len(model._state.runners) for model in (alone, among)] == [1, 1]
+
+
+def test_each_signature_has_its_race_once(compete: Any) -> None:
+    model = compete(Changed("slow", slower(3)), Changed("fast"))
+    for batch in (2, 4, 2, 4, 2):
+        model(images(batch))
+    races = model.report().races
+    assert [race.signature for race in races] == ["float32[2, 3, 8, 8]", "float32[4, 3, 8, 8]"]
+    assert all(race.winner.name == "fast" for race in races)
+    assert model.report().calls_by_engine == 5
+
+
+def test_the_winner_takes_new_weights_in_place(compete: Any) -> None:
+    model = compete(Changed("slow", slower(3)), Changed("fast"))
+    x = images()
+    model(x)
+    model.module.fc.weight.add_(1)
+    assert relative_error(model(x), model.module(x)) < 1e-5
+    assert len(model.report().races) == 1
+    assert model.report().refreshes == 1
+
+
+def test_of_those_that_are_as_fast_the_smallest_wins(compete: Any) -> None:
+    wide = slower(2)
+    model = compete(Changed("large", wide, mib=2), Changed("small", wide, mib=1), Changed("slow", slower(8)))
+    model(images())
+    (race,) = model.report().races
+    # where the large one was faster beyond noise, by chance, it had to win
+    large = next(entry for entry in race.entries if entry.name == "large")
+    assert race.winner.name == "small" or large.outcome == "won"
+    if race.winner.name == "small" and "noise" in large.reason:
+        assert large.device_mib > race.winner.device_mib
+
+
+def test_nobody_left_is_an_error_with_every_reason(compete: Any) -> None:
+    model = compete(Failing(), Changed("wrong", lambda result: result * 2), Absent())
+    with pytest.raises(BuildError, match=r"(?s)float32\[2, 3, 8, 8\].*absent: it is not.*failing: it cannot.*wrong: "):
+        model(images())
+    assert not model.report().engines
+    assert not rules(model)
+
+
+def test_nothing_further_is_built_when_the_budget_is_spent(compete: Any) -> None:
+    first, second = Changed("first", slower(2)), Changed("second")
+    model = compete(first, second, race_budget_s=1e-6)
+    model(images())
+    assert (first.built, second.built) == (1, 0)
+    (race,) = model.report().races
+    assert outcomes(race) == {"first": "won", "second": "out"}
+    assert "race_budget_s=1e-06 was spent" in race.entries[1].reason
+
+
+def test_a_race_can_be_had_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "FIELD", (Changed("slow", slower(3)), Changed("fast")))
+    for objective in ("latency", "throughput", "stream"):
+        record = torchaccel.race(small_conv_net(), images(), "fp32", device="cpu", objective=objective)
+        assert record.winner.name == "fast"
+        assert record.objective == objective
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backend": "eager", "race_budget_s": 1.0}, "race_budget_s belongs to backend='fastest'"),
+        ({"backend": "fastest", "race_budget_s": 0}, "race_budget_s=0: allowed is"),
+        ({"backend": "fastest", "fallback": "eager"}, "fallback='eager': backend='fastest' tries every backend"),
+        ({"backend": "eager", "objective": "stream"}, "objective='stream' is what backend='fastest' decides by"),
+        (
+            {"backend": "fastest", "objective": "size"},
+            "objective='size': allowed are 'latency', 'thr",
+        ),
+    ],
+)
+def test_options_of_the_race_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        torchaccel.compile(small_conv_net(), "fp32", device="cpu", **options)
+
+
+@pytest.mark.parametrize(("options", "said"), [({"backend": "eager"}, "every backend races"), ({}, "needs a batch")])
+def test_a_race_without_a_batch_or_with_a_backend_is_refused(options: dict[str, Any], said: str) -> None:
+    inputs = images() if options else None
+    with pytest.raises(OptionError, match=said):
+        torchaccel.race(small_conv_net(), inputs, "fp32", device="cpu", **options)

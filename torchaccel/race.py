@@ -1,0 +1,158 @@
+"""The race: build with every backend of a field, gate each, time the survivors side by side, keep the fastest."""
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from torchaccel.build import Builder, Built, describe
+from torchaccel.capture import Program
+from torchaccel.errors import AccuracyError, BuildError, MeasurementWarning
+from torchaccel.memory import release
+from torchaccel.options import RACE_BUDGET_S
+from torchaccel.report import RaceEntry, RaceRecord
+from torchaccel.runner import Pool, Runner
+from torchaccel.signature import Call
+from torchaccel.streaming import Ring
+from torchaccel.timing import Comparison, compare
+
+SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
+STREAMED = 8  # batches in a sample of the objective "stream"
+
+
+@dataclass
+class Racer(Builder):
+    """A builder whose engine is the fastest of those that its backends can build, and that pass the gate.
+
+    `out` has, by name, why a backend does not take part; `races` gets the record of each race.
+    """
+
+    out: Mapping[str, str] = field(default_factory=dict)
+    races: list[RaceRecord] = field(default_factory=list)
+
+    def __call__(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> tuple[Built, Runner]:
+        """The winner's plan and first runner for a call whose tensors, on the device, are `tensors`.
+
+        What the others built is released. Raises `BuildError` with every reason where nobody is left.
+        """
+        held, calls, started = self.store.rules(), pool.calls, time.perf_counter()
+        entries = {name: RaceEntry(name, reason=reason) for name, reason in self.out.items()}
+        built = self._build_all(call, tensors, pool, entries)
+        if not built:
+            said = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries.values())
+            raise BuildError(f"no backend could serve {describe(tensors)}. {said}")
+        winner = self._decide(call, tensors, pool, entries, {name: runner for name, (_, runner) in built.items()})
+        best, runner = built[winner]
+        runner.record.calls, pool.calls = 0, calls
+        ordered = sorted(entries.values(), key=lambda entry: (entry.median_ms is None, entry.median_ms or 0.0))
+        race_ms = (time.perf_counter() - started) * 1e3
+        self.races.append(RaceRecord(describe(tensors), self.options.objective, tuple(ordered), race_ms))
+        own = best.plan.payload.rules.values() if isinstance(best.plan.payload, Program) else ()
+        self.store.keep(held | frozenset(own))
+        del built
+        release(pool.device)
+        return best, runner
+
+    def _build_all(
+        self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, entries: dict[str, RaceEntry]
+    ) -> dict[str, tuple[Built, Runner]]:
+        """Who could be built and passed the gate; the entries have the figures, or the reason."""
+        built: dict[str, tuple[Built, Runner]] = {}
+        budget_s = self.options.race_budget_s or RACE_BUDGET_S
+        started = time.perf_counter()
+        with _progress(len(self.backends), budget_s) as show:
+            for backend in self.backends:
+                entry = entries[backend.name] = RaceEntry(backend.name)
+                if built and time.perf_counter() - started > budget_s:
+                    entry.reason = f"not built: race_budget_s={budget_s:g} was spent"
+                    continue
+                show(backend.name)
+                try:
+                    found = Builder(self.module, self.options, (backend,), self.store)(call, tensors, pool)
+                except (BuildError, AccuracyError) as error:
+                    entry.reason = str(error)
+                    continue
+                built[backend.name] = found
+                _describe(entry, *found)
+        return built
+
+    def _decide(
+        self,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        pool: Pool,
+        entries: dict[str, RaceEntry],
+        runners: Mapping[str, Runner],
+    ) -> str:
+        """The name of the winner: the fastest or, among those that it leads by no more than noise, the smallest."""
+        trials = {name: self._trial(call, tensors, runner) for name, runner in runners.items()}
+        comparison = _compare(trials, pool.device)
+        fastest = comparison.fastest
+        close = [name for name in trials if name == fastest or not comparison.ratio(name, fastest).low > 1]
+        winner = min(close, key=lambda name: (entries[name].device_mib, comparison.timings[name].median_ms))
+        for name in trials:
+            ratio, entry = comparison.ratio(name, winner), entries[name]
+            entry.median_ms, entry.ratio = comparison.timings[name].median_ms, ratio.value
+            if name == winner:
+                entry.outcome = "won"
+            elif name in close:
+                entry.outcome, entry.reason = "lost", "as fast, within noise; the winner takes no more memory"
+            else:
+                entry.outcome, entry.reason = "lost", f"takes {ratio} of the winner's time"
+        return winner
+
+    def _trial(self, call: Call, tensors: Sequence[torch.Tensor], runner: Runner) -> Callable[[], object]:
+        """What is timed: a call on the device or, for the objective "stream", some batches from pinned memory."""
+        if self.options.objective != "stream" or runner.pool.device.type == "cpu":
+            return partial(runner.compute, tensors)
+        args, kwargs = call.arguments([tensor.cpu().pin_memory() for tensor in tensors])
+        if args and kwargs:
+            raise BuildError("objective='stream' times stream(), whose batches are all positional or all by keyword.")
+        ring = Ring(runner.pool.device, lambda _: runner, None, frozenset(kwargs))
+        return lambda: deque(ring.serve(repeat(kwargs or tuple(args), STREAMED)), maxlen=0)
+
+
+def _compare(trials: Mapping[str, Callable[[], object]], device: torch.device) -> Comparison:
+    """Interleaved timings, until the lead of the fastest is outside noise or the samples are at their most."""
+    for samples in SAMPLES:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", MeasurementWarning)
+            comparison = compare(trials, samples=samples, device=device)
+        others = [name for name in trials if name != comparison.fastest]
+        if all(comparison.ratio(name, comparison.fastest).low > 1 for name in others):
+            break
+    return comparison
+
+
+def _describe(entry: RaceEntry, built: Built, runner: Runner) -> None:
+    """What a candidate took to build, how far its outputs are off, what it holds on the device."""
+    record = built.record
+    entry.build_ms = record.export_ms + record.build_ms + record.load_ms + record.gate_ms
+    entry.relative_error = max((gate.relative_error for gate in record.gates), default=None)
+    weights = built.plan.payload.size_bytes() if isinstance(built.plan.payload, Program) else 0
+    entry.device_mib = (runner.engine_bytes() + weights) / 2**20 + runner.record.device_mib
+
+
+@contextmanager
+def _progress(count: int, budget_s: float) -> Iterator[Callable[[str], None]]:
+    """Show, on a terminal, who is being built and the time so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns: tuple[Any, ...] = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("race", total=count)
+        number = iter(range(count))
+
+        def show(name: str) -> None:
+            progress.update(task, completed=next(number), description=f"race (at most {budget_s:g} s): {name}")
+
+        yield show
