@@ -152,15 +152,20 @@ def gpu_honours(precision: Precision, device: torch.device) -> str | None:
 
 
 def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -> str | None:
-    """What TensorRT honours: nothing on a CPU, and on TensorRT-RTX no IEEE fp32."""
-    name = trt.FLAVOURS[flavour]
+    """What TensorRT honours: nothing on a CPU, and on a GPU what this TensorRT and the GPU have."""
     if device.type != "cuda":
-        return f"{name} needs an NVIDIA GPU, and the module is on {device}"
+        return f"{trt.FLAVOURS[flavour]} needs an NVIDIA GPU, and the module is on {device}"
     if problem := device_problem(flavour, device.index or 0):
         return problem
+    return flavour_honours(flavour, precision) or gpu_honours(precision, device)
+
+
+def flavour_honours(flavour: str, precision: Precision) -> str | None:
+    """What this TensorRT honours on whatever GPU: TensorRT-RTX has no IEEE fp32."""
     if flavour == "tensorrt_rtx" and precision.name == "fp32":
+        name = trt.FLAVOURS[flavour]
         return f"{name} computes fp32 in TF32 even where TF32 is switched off (measured); ask for 'tf32'"
-    return gpu_honours(precision, device)
+    return None
 
 
 class TensorRTBacked:
