@@ -52,6 +52,7 @@ def convert(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
 
     for index, node in enumerate(nodes(model.graph)):
         node.name = f"{index}_{node.name}"  # what is added is named after its node: without a name, one twice
+    casts = [node.name for node in nodes(model.graph) if node.op_type == "Cast"]
     fp32 = [(name, tensor) for name, tensor in tensors(model.graph) if tensor.data_type == TensorProto.FLOAT]
     before = {name: numpy_helper.to_array(tensor) for name, tensor in fp32}
     try:
@@ -63,7 +64,7 @@ def convert(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
                 max_finite_val=LARGEST,
                 keep_io_types=True,
                 disable_shape_infer=True,
-                op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, "Cast"],  # a cast to float32 would go on giving float32
+                node_block_list=casts,  # one to float32 would go on giving float32
             )
     except ValueError as error:
         sys.exit(f"onnxconverter-common could not convert the model to fp16: {error}")
