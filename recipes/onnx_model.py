@@ -89,11 +89,15 @@ def input_shapes(model: onnx.ModelProto, batch: tuple[int, int, int] | None) -> 
     """The inputs, each with its smallest, best and largest shape; exits where they fit no engine, or no `batch`."""
     weights = {initializer.name for initializer in model.graph.initializer}  # older files list them as inputs
     inputs = [_input(value, batch or DEFAULT_BATCH) for value in model.graph.input if value.name not in weights]
+    if not inputs:
+        sys.exit("the model has no inputs")
     free = {tensor.shape[0] for tensor in inputs if tensor.min != tensor.max}
     if batch and not free:
         sys.exit("--batch is for files whose first dimension is free; the shapes of this one are fixed")
     if len(free) > 1:
-        sys.exit(f"the inputs' first dimensions are different ones ({', '.join(map(str, free))}): one may be free")
+        sys.exit(
+            f"the inputs' first dimensions are different ones ({', '.join(sorted(map(str, free)))}): one may be free"
+        )
     return inputs
 
 
