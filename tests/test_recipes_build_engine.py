@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from recipes import build_engine, onnx_to_fp16
+from recipes import build_engine, engine_manifest, onnx_to_fp16
 from recipes.onnx_model import read_model
 from torchaccel import trt
 from torchaccel.environment import gpus
@@ -291,3 +291,21 @@ def test_a_full_disk_leaves_what_was_there(model, prefix):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert message.startswith(f"could not write {prefix}_tf32.trt: ")
     assert {path: digest(path) for path in prefix.parent.iterdir()} == before
+
+
+def test_ended_between_its_two_files_it_leaves_no_pair_that_passes(monkeypatch, tmp_path, model, prefix):
+    build(model, prefix, "tf32")
+    replace = os.replace
+
+    def ended(source, target):
+        if Path(target).suffix == ".json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", ended)
+    with pytest.raises(KeyboardInterrupt):
+        build(scaled(tmp_path / "other.onnx", scale=(7, 8, 9)), prefix, "tf32")
+    engine = prefix.with_name("small.v2_tf32.trt")
+    with pytest.raises(engine_manifest.ManifestError, match="or one of the two is of another build"):
+        engine_manifest.read(engine)
+    assert sorted(prefix.parent.iterdir()) == [engine.with_suffix(".json"), engine]
