@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     library = f"{manifest.library} {manifest.library_version}"
     print(f"{given.engine}: {manifest.precision}, {library}, on {gpus()[device.index].name}")
     print(summary(timed, batch))
+    if batch != manifest.batches()[1]:
+        print(f"  note: the engine is at its best at batch {manifest.batches()[1]}")
     if timed.not_finite:
         advice = " fp16 overflows beyond 65504: build it in tf32." if manifest.precision == "fp16" else ""
         sys.exit(f"not finite, on random inputs: {', '.join(timed.not_finite)}.{advice}")
@@ -111,7 +113,7 @@ class Timed:
 
     call: Timing
     replay: Timing
-    why_no_graph: str | None
+    why_no_graph: str
     not_finite: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -158,7 +160,7 @@ def time_runner(runner: Runner, tensors: Sequence[torch.Tensor]) -> Timed:
 
 def summary(timed: Timed, batch: int) -> str:
     """The figures, a line each."""
-    graph = "in a CUDA graph" if timed.why_no_graph is None else f"without a CUDA graph: {timed.why_no_graph}"
+    graph = "in a CUDA graph" if not timed.why_no_graph else f"without a CUDA graph: {timed.why_no_graph}"
     lines = [f"batch {batch}, {timed.call.count} calls, {graph}"]
     for name, timing in (("latency of a call", timed.call), ("the engine alone", timed.replay)):
         lines.append(

@@ -14,7 +14,7 @@ from torchaccel.errors import MeasurementWarning
 @pytest.fixture(scope="module")
 def field() -> tuple[torchaccel.CompiledModule, torch.Tensor, torch.nn.Module]:
     torch.manual_seed(0)
-    module, images = resnet18().cuda().eval(), torch.randn(8, 3, 224, 224, device="cuda").half()
+    module, images = resnet18().cuda().eval(), torch.randn(8, 3, 224, 224, device="cuda")
     with torch.inference_mode():
         return torchaccel.compile(module, "fp16", backend="fastest", inputs=images), images, module
 
