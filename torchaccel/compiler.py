@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torchaccel.backends.inductor import Inductor
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
+from torchaccel.cache import open_cache
 from torchaccel.compiled import ITS_OWN, CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
 from torchaccel.forking import refuse_forked_cuda
@@ -49,7 +50,7 @@ def compile(
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
     objective: str = "latency",
     race_budget_s: float | None = None,
-    cache_dir: str | PathLike[str] | None = None,
+    cache_dir: str | PathLike[str] | Literal[False] | None = None,
     **unknown: Any,
 ) -> CompiledModule:
     """Make `module` run fast: a drop-in that computes what the module does, through a checked engine.
@@ -76,7 +77,8 @@ def compile(
             wait for: the calls after one act on it. None looks only at `eval()` and `refresh()`.
         objective: what a race decides by; "latency".
         race_budget_s: how long a race may take; there is none yet.
-        cache_dir: where plans are kept between processes; there is no such cache yet.
+        cache_dir: where TensorRT engines are kept between processes, all in one folder of bounded size; None takes
+            `$TORCHACCEL_CACHE_DIR` or the user's cache folder, False keeps none.
         unknown: nothing; any other name is answered with the ones that come close.
 
     Raises:
@@ -134,7 +136,8 @@ def _compiled(module: nn.Module, options: Options, target: torch.device) -> Comp
         backends += (require_usable(BACKENDS[options.fallback], options, target),)
     name = type(module).__name__
     report = Report(name, options.precision, describe_device(target), options.backend, chosen.name, reason)
-    builder = Builder(module, options, backends, WeightStore())
+    cache = None if options.cache_dir is False else open_cache(options.cache_dir)
+    builder = Builder(module, options, backends, WeightStore(), cache)
     remake = functools.partial(_remade, options)
     return CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
 

@@ -50,6 +50,11 @@ def _tree_hash(folder: Path) -> str | None:
     return _git_object("tree", entries) if entries else None
 
 
+def code_hash() -> str | None:
+    """git's hash of the folder `torchaccel` as it lies on disk: which code this is."""
+    return _tree_hash(Path(__file__).parent)
+
+
 def provenance() -> dict[str, Any]:
     """What a result file says about where it comes from: `environment` (versions, GPUs), `commit`, `tree`.
 
@@ -60,4 +65,4 @@ def provenance() -> dict[str, Any]:
     package = Path(__file__).parent
     tracked = run_tool("git", "-C", str(package), "ls-files", Path(__file__).name)
     commit = run_tool("git", "-C", str(package), "rev-parse", "HEAD") if tracked else None
-    return {"environment": described, "commit": commit, "tree": _tree_hash(package)}
+    return {"environment": described, "commit": commit, "tree": code_hash()}
