@@ -116,7 +116,7 @@ def test_the_second_model_serves_from_the_cache_and_says_so(cache: Cache, backen
     assert record["gates"], "it was checked like any other"
     assert record["build_ms"] > 0
     assert backend.builds == 1
-    assert "from the cache" in " ".join(str(second.report()).split())
+    assert "• the engine for float32[2] came from the cache" in str(second.report())
     assert "from the cache" not in str(first.report())
     assert cache.entries()[0].info["what"] == "Scale float32[2] fp32"
 

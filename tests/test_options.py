@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
