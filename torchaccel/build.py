@@ -3,7 +3,7 @@
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.cache import Cache
 from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
-from torchaccel.errors import AccuracyError, BackendWarning, BuildError, CacheWarning, TorchAccelError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
 from torchaccel.gate import Reference, compare_outputs, reference, reproduced, require, run_module
 from torchaccel.interrupts import uninterrupted
-from torchaccel.memory import is_out_of_memory, release_on_exhaustion
+from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
-from torchaccel.plans import plan_for
+from torchaccel.plans import serve
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import EngineRecord
 from torchaccel.runner import Pool, Runner
@@ -124,36 +124,8 @@ class Builder:
             built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
             return built, self._load(built, program, call, tensors, expected, pool)
 
-        return self._plan_and_load(backend, program, record, pool.device, load)
-
-    def _plan_and_load(
-        self,
-        backend: Backend,
-        program: Program,
-        record: EngineRecord,
-        device: torch.device,
-        load: Callable[[Plan], tuple[Built, Runner]],
-    ) -> tuple[Built, Runner]:
-        """Take the plan from the cache or build it, and load it; one that does not serve is not left in the cache."""
         what = f"{type(self.module).__name__} {record.signature}"
-        cache = self.cache
-        while True:
-            with _timed(record, "build_ms"):
-                found = plan_for(backend, program, self.options, device, cache=cache, what=what)
-            plan = found.plan
-            record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
-            record.from_cache, record.not_cached_because = found.from_cache, found.why_not_kept
-            try:
-                return load(plan)
-            except (BuildError, AccuracyError) as error:
-                if is_out_of_memory(error):
-                    raise
-                found.discard()
-                if not found.from_cache:
-                    raise
-                reason = str(error)
-            warnings.warn(f"the engine from the cache does not serve, and is built again: {reason}", CacheWarning, 2)
-            record.gates, cache = (), None
+        return serve(backend, program, options, pool.device, cache=self.cache, what=what, record=record, load=load)
 
     def rebuild(self, built: Built, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> Runner:
         """Build a stale plan again, for the weights of now, from the program that it left; returns its first runner.

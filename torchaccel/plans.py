@@ -1,23 +1,31 @@
-"""Plans that outlive their process: what one depends on, and the way into the cache and back."""
+"""Plans that outlive their process: what one depends on, the way into the cache and back, and what does not serve."""
 
 import functools
+import time
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from torchaccel import kernels
 from torchaccel.backends.base import Backend, Plan
 from torchaccel.cache import Cache
 from torchaccel.capture import Program
 from torchaccel.entries import Entry
 from torchaccel.environment import distribution_version, facts
+from torchaccel.errors import AccuracyError, BuildError, CacheWarning
 from torchaccel.interrupts import uninterrupted
+from torchaccel.memory import is_out_of_memory
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
 from torchaccel.program_key import NoKeyError, program_key
-from torchaccel.provenance import code_hash
-from torchaccel.report import Coverage
+from torchaccel.provenance import code_hash, describe_gpu
+from torchaccel.report import Coverage, EngineRecord
+
+Served = TypeVar("Served")
 
 _MACHINE = ("platform", "driver", "cuda", "cudnn", "torch", "torchvision", "torch_tensorrt", "tensorrt", "tensorrt_rtx")
 _EXPORT = ("onnx", "onnxscript", "onnx-ir")
@@ -37,6 +45,47 @@ class Found:
         """Forget the plan in the cache: it does not serve."""
         if self.cache is not None:
             self.cache.discard(self.key)
+
+
+def serve(
+    backend: Backend,
+    program: Program,
+    options: Options,
+    device: torch.device,
+    *,
+    cache: Cache | None,
+    what: str,
+    record: EngineRecord,
+    load: Callable[[Plan], Served],
+) -> Served:
+    """What `load` makes of the plan of a program, and of the kernels that the cache has for it.
+
+    A plan that does not serve is not left in the cache; one that came from there is built again, with a warning.
+    """
+    plans_of: Cache | None = cache
+    while True:
+        started = time.perf_counter()
+        found = plan_for(backend, program, options, device, cache=plans_of, what=what)
+        record.build_ms = (time.perf_counter() - started) * 1e3
+        plan = found.plan
+        record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
+        record.from_cache, record.not_cached_because = found.from_cache, found.why_not_kept
+        flavour = plan.manifest.get("flavour")
+        try:
+            kernels.restore(flavour, device, cache)
+            served = load(plan)
+        except (BuildError, AccuracyError) as error:
+            if is_out_of_memory(error):
+                raise
+            found.discard()
+            if not found.from_cache:
+                raise
+            reason = str(error)
+        else:
+            kernels.keep(flavour, device, cache)
+            return served
+        warnings.warn(f"the engine from the cache does not serve, and is built again: {reason}", CacheWarning, 2)
+        record.gates, plans_of = (), None
 
 
 def plan_for(
@@ -91,17 +140,6 @@ def plan_key(backend: Backend, program: Program, options: Options, gpu: dict[str
         "gpu": gpu,
         "versions": _versions(),
         "program": program_key(program),
-    }
-
-
-def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """What of a GPU an engine may depend on."""
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "compute_capability": [found.major, found.minor],
-        "multiprocessors": found.multi_processor_count,
-        "memory_mib": found.total_memory >> 20,
     }
 
 

@@ -30,6 +30,17 @@ def gpu_state(index: int = 0) -> dict[str, float]:
     return {key: float(v) for key, v in zip(query.values(), values, strict=False) if re.fullmatch(r"[\d.]+", v)}
 
 
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """What of a GPU an engine may depend on."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "compute_capability": [found.major, found.minor],
+        "multiprocessors": found.multi_processor_count,
+        "memory_mib": found.total_memory >> 20,
+    }
+
+
 def _git_object(kind: str, content: bytes) -> str:
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
