@@ -155,12 +155,13 @@ def test_weights_without_values_have_no_key() -> None:
         program_key(found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_the_content_of_a_tensor_is_its_values_in_order(dtype: torch.dtype) -> None:
     tensor = torch.arange(24).reshape(4, 6).to(dtype)
     assert content(tensor) == content(tensor.t().contiguous().t())
     assert content(tensor) != content(tensor.flip(0))
     assert content(tensor[2:]) == content(tensor[2:].clone())
+    assert content(tensor.conj()) == content(tensor.conj().resolve_conj())
     assert content(tensor[:0]) == content(tensor[:0].clone())
     assert content(tensor[1, 1]) == content(tensor[1, 1].clone())
     assert content(tensor[:1, ::6]) == content(tensor[:1, :1].clone())

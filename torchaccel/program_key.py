@@ -47,9 +47,10 @@ def program_key(program: Program) -> dict[str, Any]:
 
 def content(tensor: torch.Tensor) -> str:
     """The SHA-256 of a tensor's values, bit for bit, in row-major order."""
-    if tensor.is_meta or tensor.layout is not torch.strided:
-        raise NoKeyError(f"a tensor without plain values ({tensor.layout} on {tensor.device})")
-    flat = tensor.detach().cpu().contiguous()
+    if tensor.is_meta or tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        kind = type(tensor).__name__
+        raise NoKeyError(f"a tensor without plain values (a {kind} of layout {tensor.layout} on {tensor.device})")
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     # what has one element is contiguous with any strides, and `view` asks for 1
     raw = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()

@@ -38,9 +38,8 @@ def ended(process: "subprocess.Popen[str]") -> dict[str, Any]:
     assert process.returncode == 0, said
     found = json.loads(printed.splitlines()[-1])
     times = {name: round(found[name]) for name in ("export_ms", "build_ms", "load_ms", "gate_ms", "first_call_ms")}
-    print(
-        f"{found['seconds']:.2f} s after {found['imports_s']:.1f} s of imports, from cache: {found['from_cache']} {times}"
-    )
+    took = f"{found['seconds']:.2f} s after {found['imports_s']:.1f} s of imports"
+    print(f"{took}, from the cache: {found['from_cache']}, {times}")
     return found
 
 
