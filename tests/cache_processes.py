@@ -165,6 +165,21 @@ def race(folder: str, processes: int, victims: int) -> None:
         assert os.listdir(cache.folder / "busy") == []
 
 
+def exclude(folder: str) -> None:
+    """Let processes take the same lock again and again, where each removes the lock's file as it goes."""
+    cache = Cache(folder, LIMIT)
+    cache.folder.mkdir()
+
+    def work() -> None:
+        for _ in range(40):
+            with cache.lock(KEY):
+                os.close(os.open(cache.folder / "inside", os.O_CREAT | os.O_EXCL))
+                time.sleep(0.002)
+                os.unlink(cache.folder / "inside")
+
+    assert [ended(pid) for pid in [forked(work) for _ in range(6)]] == [0] * 6
+
+
 def _builders(cache: Cache) -> list[int]:
     return [int(line) for line in (cache.folder / "builds").read_text().splitlines(keepends=True) if "\n" in line]
 

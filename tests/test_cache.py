@@ -112,6 +112,10 @@ def test_of_processes_that_race_for_one_key_one_builds(cache: Cache, processes: 
     in_a_process("race", cache.folder, processes, victims)
 
 
+def test_one_process_at_a_time_holds_a_lock_whose_file_comes_and_goes(cache: Cache) -> None:
+    in_a_process("exclude", cache.folder)
+
+
 def test_of_threads_that_race_for_one_key_one_builds(cache: Cache) -> None:
     builds = []
 
