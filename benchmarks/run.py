@@ -101,7 +101,8 @@ def _built(plan: Plan, module: nn.Module, images: dict[int, Tensor], stay: ExitS
 
 
 def _compile(plan: Plan, module: nn.Module, precision: str) -> nn.Module:
-    return torchaccel.compile(module, precision, backend=plan.backend, dynamic_batch=plan.dynamic_batch)
+    batches = plan.dynamic_batch
+    return torchaccel.compile(module, precision, backend=plan.backend, dynamic_batch=batches, cache_dir=False)
 
 
 def _own(plan: Plan, module: nn.Module, precision: str, compiled: Any, inputs: Tensor) -> list[Candidate]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from torchaccel import helper as module
+from torchaccel.cache import cache_folder
 from torchaccel.environment import cxx_compiler
-from torchaccel.helper import Helper, cache_folder
+from torchaccel.helper import Helper
 
 needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="there is no C++ compiler")
 

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from torchaccel.__main__ import main
+from torchaccel.cache import Cache
 from torchaccel.environment import Problem, environment
 
 
@@ -55,3 +57,46 @@ def test_wrong_arguments_say_how_to_call_it(arguments: list[str], capsys: pytest
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: torchaccel" in capsys.readouterr().err
+
+
+# --- the cache ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setenv("TORCHACCEL_CACHE_DIR", str(tmp_path / "cache"))
+    return Cache(tmp_path / "cache", 1 << 30)
+
+
+def test_an_empty_cache_is_listed_verified_and_cleared(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ([], ["list"], ["verify"], ["clear"]):
+        assert main(["cache", *action]) == 0
+        assert str(cache.folder)[:40] in capsys.readouterr().out.replace("\n", "")
+    assert not cache.folder.exists()
+
+
+def test_the_cache_is_listed_verified_and_cleared(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        cache.put({"kind": "plan", "n": number}, {"plan": bytes(3 << 20)}, {"what": f"Net float32[{number}, 3]"})
+    assert main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("plan", "Net float32[0, 3]", "Net float32[1, 3]", "3.0", "last used", "2 entries"):
+        assert part in shown, part
+    assert main(["cache", "verify"]) == 0
+    assert "2 of 2 entries are whole" in capsys.readouterr().out
+    path = cache.path({"kind": "plan", "n": 1})
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["cache", "verify"]) == 1
+    shown = capsys.readouterr().out
+    assert f"damaged: {path}: the checksum of 'plan' is wrong" in shown
+    assert "1 of 2 entries are whole" in shown
+    assert main(["cache", "clear", "--dir", str(cache.folder)]) == 0
+    assert "removed 2 entries, 6.0 MiB" in capsys.readouterr().out
+    assert cache.entries() == []
+
+
+def test_a_cache_that_is_no_folder_is_an_error(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    cache.folder.write_text("mine")
+    for action in ("list", "verify", "clear"):
+        assert main(["cache", action]) == 1
+        assert str(cache.folder) in capsys.readouterr().err

@@ -1,13 +1,19 @@
-"""The command line: `python -m torchaccel env [--json]`."""
+"""The command line: `python -m torchaccel env [--json]` and `python -m torchaccel cache [list|verify|clear]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from torchaccel.cache import Cache, cache_folder, limit_bytes
 from torchaccel.environment import environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -15,12 +21,57 @@ def _env(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
+    # soft_wrap leaves a long command on one line, to be copied
+    _console().print(found, soft_wrap=True)
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    cache = Cache(arguments.dir or cache_folder(), limit_bytes())
+    try:
+        return {"list": _list, "verify": _verify, "clear": _clear}[arguments.action](cache)
+    except OSError as error:
+        print(f"the cache in {cache.folder} cannot be read or changed: {error}", file=sys.stderr)
+        return 1
+
+
+def _list(cache: Cache) -> int:
+    from rich.table import Table
+    from rich.text import Text
+
+    entries = cache.entries()
+    total = sum(entry.size_bytes for entry in entries)
+    share = f"{len(entries)} entries, {total / 2**20:.1f} of at most {cache.limit_bytes / 2**20:.0f} MiB"
+    table = Table("kind", "what", "MiB", "last used", title=f"{cache.folder}: {share}", title_justify="left")
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used_s))
+        cells = entry.kind, str(entry.info.get("what", "")), f"{entry.size_bytes / 2**20:.1f}", used
+        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+    _console().print(table)
+    return 0
+
+
+def _verify(cache: Cache) -> int:
+    found = cache.verify()
+    damaged = {path: why for path, why in found.items() if why}
+    for path, why in damaged.items():
+        print(f"damaged: {path}: {why}")
+    advice = "; they are built again where they are needed, or removed by `clear`" if damaged else ""
+    print(f"{cache.folder}: {len(found) - len(damaged)} of {len(found)} entries are whole{advice}")
+    return 1 if damaged else 0
+
+
+def _clear(cache: Cache) -> int:
+    files, size = cache.clear()
+    print(f"{cache.folder}: removed {files} entries, {size / 2**20:.1f} MiB")
+    return 0
+
+
+def _console() -> Console:
     from rich.console import Console
 
-    # a pipe or a notebook has no width of its own, and rich's 80 columns would break reasons into slivers;
-    # soft_wrap leaves a long command on one line, to be copied
-    Console(width=None if sys.stdout.isatty() else 120).print(found, soft_wrap=True)
-    return 0
+    # a pipe or a notebook has no width of its own, and rich's 80 columns would break reasons into slivers
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = commands.add_parser("env", help="show versions, GPUs, what is usable and what mends the rest")
     env.add_argument("--json", action="store_true", help="print JSON")
     env.set_defaults(run=_env)
+    cache = commands.add_parser("cache", help="list what is kept between processes, look for damage, or remove it")
+    cache.add_argument("action", nargs="?", choices=("list", "verify", "clear"), default="list")
+    cache.add_argument("--dir", help="the folder (default: $TORCHACCEL_CACHE_DIR, or the user's cache folder)")
+    cache.set_defaults(run=_cache)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

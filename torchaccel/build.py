@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchaccel.backends.base import Backend, Engine, Plan
+from torchaccel.cache import Cache
 from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
@@ -18,6 +19,7 @@ from torchaccel.gate import Reference, compare_outputs, reference, reproduced, r
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
+from torchaccel.plans import serve
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import EngineRecord
 from torchaccel.runner import Pool, Runner
@@ -69,6 +71,7 @@ class Builder:
     options: Options
     backends: tuple[Backend, ...]
     store: WeightStore
+    cache: Cache | None = None
 
     def __call__(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> tuple[Built, Runner]:
         """A gated plan and its first runner for a call whose tensors, on the device, are `tensors`.
@@ -114,14 +117,15 @@ class Builder:
         record.folded_batch_norms = program.folded
         backend.lower(program)
         self._take_weights(backend, program)
-        with _timed(record, "build_ms"):
-            plan = backend.build(program, precision, pool.device, partial=options.partial)
-        record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
         dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
         outputs = expected.output_spec(program.outputs)
-        built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
-        runner = self._load(built, program, call, tensors, expected, pool)
-        return built, runner
+
+        def load(plan: Plan) -> tuple[Built, Runner]:
+            built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
+            return built, self._load(built, program, call, tensors, expected, pool)
+
+        what = f"{type(self.module).__name__} {record.signature}"
+        return serve(backend, program, options, pool.device, cache=self.cache, what=what, record=record, load=load)
 
     def rebuild(self, built: Built, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> Runner:
         """Build a stale plan again, for the weights of now, from the program that it left; returns its first runner.

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torchaccel.backends.inductor import Inductor
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
+from torchaccel.cache import open_cache
 from torchaccel.compiled import ITS_OWN, CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
 from torchaccel.forking import refuse_forked_cuda
@@ -51,7 +52,7 @@ def compile(
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
     objective: str = "latency",
     race_budget_s: float | None = None,
-    cache_dir: str | PathLike[str] | None = None,
+    cache_dir: str | PathLike[str] | Literal[False] | None = None,
     **unknown: Any,
 ) -> CompiledModule:
     """Make `module` run fast: a drop-in that computes what the module does, through a checked engine.
@@ -80,7 +81,8 @@ def compile(
         objective: what backend="fastest" decides by: the time of a call on the device ("latency", and "throughput",
             which is the same at a given batch) or of batches from the host through `stream()` ("stream").
         race_budget_s: after how many seconds a race builds no further candidate; None is 600.
-        cache_dir: where plans are kept between processes; there is no such cache yet.
+        cache_dir: where TensorRT engines are kept between processes, all in one folder of bounded size; None takes
+            `$TORCHACCEL_CACHE_DIR` or the user's cache folder, False keeps none.
         unknown: nothing; any other name is answered with the ones that come close.
 
     Raises:
@@ -133,28 +135,30 @@ def compile(
 def _compiled(module: nn.Module, options: Options, target: torch.device) -> CompiledModule:
     """The module in its mode and on its device, compiled for `target`."""
     report = Report(type(module).__name__, options.precision, describe_device(target), options.backend)
+    cache = None if options.cache_dir is False else open_cache(options.cache_dir)
     if options.backend == "fastest":
-        builder: Builder = _racer(module, options, target, report)
+        able, out = _field(options, target)
+        builder: Builder = Racer(module, options, able, WeightStore(), cache, out, report.races)
     else:
         chosen, report.backend_reason = choose(options, target)
         report.backend = chosen.name
         backends: tuple[Backend, ...] = (chosen,)
         if options.fallback is not None:
             backends += (require_usable(BACKENDS[options.fallback], options, target),)
-        builder = Builder(module, options, backends, WeightStore())
+        builder = Builder(module, options, backends, WeightStore(), cache)
     remake = functools.partial(_remade, options)
     return CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
 
 
-def _racer(module: nn.Module, options: Options, target: torch.device, report: Report) -> Racer:
-    """A race of all that can serve the options on a device; its field has the reasons of the others."""
+def _field(options: Options, target: torch.device) -> tuple[tuple[Backend, ...], dict[str, str]]:
+    """The backends that can serve the options on a device, and why the others cannot."""
     problems = {backend.name: unusable(backend, options, target) for backend in FIELD}
     able = tuple(backend for backend in FIELD if problems[backend.name] is None)
     out = {name: problem for name, problem in problems.items() if problem is not None}
     if not able:
         said = "; ".join(f"{name}: {problem}" for name, problem in out.items())
         raise BackendError(f"no backend can compute {options.precision} on {target}. {said}")
-    return Racer(module, options, able, WeightStore(), out, report.races)
+    return able, out
 
 
 def race(module: nn.Module, inputs: Any, precision: str = "fp16", **options: Any) -> RaceRecord:

@@ -37,5 +37,9 @@ class BackendWarning(UserWarning):
     """What was asked for is served by something else, or has a limit that the caller should know; it says why."""
 
 
+class CacheWarning(UserWarning):
+    """Something in the cache is damaged, or the cache cannot be used; it says what was found."""
+
+
 class MeasurementWarning(UserWarning):
     """A measurement is less certain than it looks; it says why."""

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import os
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ from types import ModuleType
 
 import torch
 
+from torchaccel.cache import cache_folder
 from torchaccel.environment import cxx_compiler
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,6 @@ class Helper:
 
 
 helper = Helper()
-
-
-def cache_folder() -> Path:
-    """Where what is compiled is kept: `$TORCHACCEL_CACHE_DIR`, or `torchaccel` in the user's cache folder."""
-    if folder := os.environ.get("TORCHACCEL_CACHE_DIR"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchaccel"
 
 
 def _compiled() -> Path:

@@ -4,8 +4,8 @@ import difflib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from os import PathLike
-from typing import Any, cast
+from os import PathLike, fspath
+from typing import Any, Literal, cast
 
 import torch
 
@@ -37,7 +37,7 @@ class Options:
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY
     objective: str = "latency"
     race_budget_s: float | None = None
-    cache_dir: str | PathLike[str] | None = None
+    cache_dir: str | PathLike[str] | Literal[False] | None = None
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
@@ -63,8 +63,7 @@ class Options:
             _check("race_budget_s", self.race_budget_s, _is_positive, "None or a positive number of seconds")
             if self.backend != "fastest":
                 raise OptionError("race_budget_s belongs to backend='fastest'; leave it out, or give that.")
-        if self.cache_dir is not None:
-            raise OptionError("cache_dir belongs to the cache of plans, which is not there yet; leave it out.")
+        _check("cache_dir", self.cache_dir, _is_folder, "None (the default folder), False (none) or a folder's path")
         self._check_dynamic_batch()
         if self.partial and self.backend not in ("auto", "fastest", "torch_tensorrt"):
             raise OptionError(
@@ -172,6 +171,10 @@ def _check(name: str, value: Any, is_allowed: Any, allowed: str) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_folder(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | PathLike) and bool(fspath(value)))
 
 
 def _is_positive(value: Any) -> bool:

@@ -30,6 +30,17 @@ def gpu_state(index: int = 0) -> dict[str, float]:
     return {key: float(v) for key, v in zip(query.values(), values, strict=False) if re.fullmatch(r"[\d.]+", v)}
 
 
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """What of a GPU an engine may depend on."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "compute_capability": [found.major, found.minor],
+        "multiprocessors": found.multi_processor_count,
+        "memory_mib": found.total_memory >> 20,
+    }
+
+
 def _git_object(kind: str, content: bytes) -> str:
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
@@ -50,6 +61,11 @@ def _tree_hash(folder: Path) -> str | None:
     return _git_object("tree", entries) if entries else None
 
 
+def code_hash() -> str | None:
+    """git's hash of the folder `torchaccel` as it lies on disk: which code this is."""
+    return _tree_hash(Path(__file__).parent)
+
+
 def provenance() -> dict[str, Any]:
     """What a result file says about where it comes from: `environment` (versions, GPUs), `commit`, `tree`.
 
@@ -60,4 +76,4 @@ def provenance() -> dict[str, Any]:
     package = Path(__file__).parent
     tracked = run_tool("git", "-C", str(package), "ls-files", Path(__file__).name)
     commit = run_tool("git", "-C", str(package), "rev-parse", "HEAD") if tracked else None
-    return {"environment": described, "commit": commit, "tree": _tree_hash(package)}
+    return {"environment": described, "commit": commit, "tree": code_hash()}

@@ -75,7 +75,7 @@ class Racer(Builder):
                     continue
                 show(backend.name)
                 try:
-                    found = Builder(self.module, self.options, (backend,), self.store)(call, tensors, pool)
+                    found = Builder(self.module, self.options, (backend,), self.store, self.cache)(call, tensors, pool)
                 except (BuildError, AccuracyError) as error:
                     entry.reason = str(error)
                     continue

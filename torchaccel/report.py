@@ -93,6 +93,7 @@ class Coverage:
 class EngineRecord:
     """One engine that was built: what for, by whom, how long it took, how it was checked.
 
+    `from_cache` says that it was built before, mostly by another process: `build_ms` is then the time of the look-up.
     `first_call_ms` is the whole of the first call, and `refresh_ms` of taking new weights the last time (0: never).
     """
 
@@ -111,6 +112,8 @@ class EngineRecord:
     coverage: Coverage | None = None
     plan_mib: float = 0.0
     fell_back_because: str = ""
+    from_cache: bool = False
+    not_cached_because: str = ""
 
 
 @dataclass
@@ -224,6 +227,10 @@ class Report:
         for engine in self.engines:
             if engine.fell_back_because:
                 parts.append(f"• {engine.backend} is the fallback: {engine.fell_back_because}".replace("[", "\\["))
+            if engine.from_cache:
+                parts.append(f"• the engine for {engine.signature} came from the cache".replace("[", "\\["))
+            if engine.not_cached_because:
+                parts.append(f"• not kept in the cache, since {engine.not_cached_because}".replace("[", "\\["))
         parts += [f"• {event}".replace("[", "\\[") for event in self.events]
         return Group(*parts)
 

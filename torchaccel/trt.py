@@ -7,6 +7,7 @@ The ONNX route takes TensorRT proper where it imports, and TensorRT-RTX otherwis
 import importlib
 import logging
 import threading
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchaccel.environment import import_problem
-from torchaccel.errors import BackendError, BuildError
+from torchaccel.errors import BackendError, BuildError, CacheWarning
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class TensorRT:
         self.__dict__["api"] = api
         self.log = _make_logger(api)
         self._kernels: dict[torch.device, Any] = {}
+        self._known_kernels: dict[torch.device, bytes] = {}  # what an earlier process had, or the cache was given
         self._lock = threading.Lock()
 
     @property
@@ -62,7 +64,30 @@ class TensorRT:
         with self._lock:
             if device not in self._kernels:
                 self._kernels[device] = config.create_runtime_cache()
+                earlier = self._known_kernels.get(device)
+                if earlier is not None and not self._kernels[device].deserialize(earlier):
+                    warnings.warn(f"{self.name} refuses the kernels in the cache: new ones are made.", CacheWarning, 2)
             config.set_runtime_cache(self._kernels[device])
+
+    def has_kernels(self, device: torch.device) -> bool:
+        """Whether this process has begun to specialise kernels for a device."""
+        return device in self._kernels
+
+    def begin_with_kernels(self, device: torch.device, serialised: bytes) -> None:
+        """Let the first context on a device begin with the kernels of an earlier process."""
+        with self._lock:
+            self._known_kernels[device] = serialised
+
+    def new_kernels(self, device: torch.device) -> bytes | None:
+        """The kernels that this process has for a device, serialised; None where nothing is new since last time."""
+        with self._lock:
+            if device not in self._kernels:
+                return None
+            serialised = bytes(self._kernels[device].serialize())
+            if serialised == self._known_kernels.get(device):
+                return None
+            self._known_kernels[device] = serialised
+            return serialised
 
 
 def unavailable(flavour: str | None = None) -> str | None:

@@ -22,7 +22,7 @@ class Plan:
 
     `payload` is the serialised engine of a TensorRT backend, or the program, without weights of its own, of a
     PyTorch-native one. `manifest` is plain data that says how to load it. `source` is what `rebuild` starts from: it
-    is in host memory, has no weights, and does not travel with the plan.
+    is in host memory, has no weights, and does not travel with the plan: one from the cache has none.
     """
 
     backend: str
@@ -82,12 +82,16 @@ class Backend(ABC):
     def lower(self, program: Program) -> None:  # noqa: B027 - most have nothing to rewrite
         """Rewrite a captured program, before it has its weights, so that this backend can take it."""
 
+    def library(self) -> str:
+        """What builds its plans, with the version."""
+        return f"PyTorch {torch.__version__}"
+
     @abstractmethod
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Build a plan; raises `BuildError` with the operators at fault."""
 
     def rebuild(self, plan: Plan, program: Program, device: torch.device, *, partial: bool = False) -> Plan:
-        """A plan for the weights that the program has now: what `build` would make, from what it has left in `plan`."""
+        """What `build` would make of the weights that the program has now; `plan` may have what spares a part of it."""
         return self.build(program, plan.precision, device, partial=partial)
 
     @abstractmethod
@@ -106,7 +110,7 @@ class NativeBackend(Backend):
 
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """The plan is the program; what there is to generate is generated where it is loaded."""
-        return Plan(self.name, precision, program, library=f"PyTorch {torch.__version__}")
+        return Plan(self.name, precision, program, library=self.library())
 
 
 class NativeEngine(Engine):

@@ -37,12 +37,18 @@ class OnnxTensorRT(TensorRTBacked, Backend):
         if trt.load().is_rtx:
             widen_depthwise(program.exported, program.rules)
 
+    def library(self) -> str:
+        """The TensorRT whose parser it is."""
+        return trt.load().name
+
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Export, clean, parse and build; needs no GPU."""
         return self._build(export(program), program, precision)
 
     def rebuild(self, plan: Plan, program: Program, device: torch.device, *, partial: bool = False) -> Plan:
         """Swap the weights of the kept ONNX graph and build that; the export, which takes longest, is spared."""
+        if plan.source is None:
+            return self.build(program, plan.precision, device, partial=partial)
         put_weights(plan.source, program)
         return self._build(plan.source, program, plan.precision)
 

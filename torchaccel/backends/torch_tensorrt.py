@@ -53,6 +53,12 @@ class TorchTensorRT(TensorRTBacked, Backend):
         if trt.load(_flavour()).is_rtx:
             widen_depthwise(program.exported, program.rules)
 
+    def library(self) -> str:
+        """Torch-TensorRT and the TensorRT beneath."""
+        import torch_tensorrt
+
+        return f"Torch-TensorRT {torch_tensorrt.__version__} on {trt.load(_flavour()).name}"
+
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Lower, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
         settings = _settings(precision, device)
@@ -113,11 +119,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
         return plan
 
     def _plan(self, precision: Precision, payload: bytes, manifest: dict[str, Any], coverage: Coverage) -> Plan:
-        import torch_tensorrt
-
-        flavour = _flavour()
-        library = f"Torch-TensorRT {torch_tensorrt.__version__} on {trt.load(flavour).name}"
-        return Plan(self.name, precision, payload, {"flavour": flavour, **manifest}, coverage, library)
+        return Plan(self.name, precision, payload, {"flavour": _flavour(), **manifest}, coverage, self.library())
 
 
 class _PartialEngine(NativeEngine):

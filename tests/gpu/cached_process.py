@@ -1,0 +1,36 @@
+"""One process that compiles ResNet-18 with a cache folder: `python -m tests.gpu.cached_process BACKEND FOLDER`."""
+
+import importlib
+import json
+import sys
+import time
+
+import torch
+
+import torchaccel
+from tests.models import ZOO
+from torchaccel.compiler import BACKENDS
+
+
+def main(backend: str, folder: str) -> None:
+    """Print how long the first result took from `compile` on, imports excluded, and what the report says."""
+    started = time.perf_counter()
+    BACKENDS[backend].unavailable()  # it imports the libraries to find out
+    importlib.import_module("torch.export._trace")  # which torch.export imports at its first use
+    imports_s = time.perf_counter() - started
+    torch.manual_seed(0)
+    module = ZOO["resnet18"].module().cuda()
+    x = torch.randn(1, 3, 224, 224, device="cuda")
+    torch.cuda.synchronize()
+    with torch.inference_mode():
+        started = time.perf_counter()
+        model = torchaccel.compile(module, "fp16", backend=backend, cache_dir=folder)
+        result = model(x)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    found = {"seconds": seconds, "imports_s": imports_s, "sum": result.double().sum().item()}
+    print(json.dumps({**found, **model.report().to_dict()["engines"][0]}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

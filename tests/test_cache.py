@@ -1,0 +1,408 @@
+"""The cache on disk: kills, races, damage, bounds, and folders that cannot be used."""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cache_processes import KEY, LIMIT, payload
+from torchaccel import cache as module
+from torchaccel.cache import Cache, cache_folder, limit_bytes, open_cache
+from torchaccel.canonical import canonical
+from torchaccel.entries import head
+from torchaccel.errors import CacheWarning, OptionError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", LIMIT)
+
+
+def key(number: int) -> dict[str, Any]:
+    return {"kind": "plan", "number": number}
+
+
+def files_in(cache: Cache, name: str) -> list[Path]:
+    return list((cache.folder / name).glob("*"))
+
+
+# --- what is kept ---
+
+
+def test_what_is_put_is_there_for_the_same_key_alone(cache: Cache) -> None:
+    assert cache.get(KEY) is None
+    assert not cache.folder.exists(), "a look leaves nothing behind"
+    cache.put(KEY, {"plan": b"\n" * 100, "empty": b""}, {"what": "a plan", "list": [1, 2.5, None]})
+    entry = cache.get(dict(reversed(KEY.items())))
+    assert entry is not None
+    assert entry.files == {"plan": b"\n" * 100, "empty": b""}
+    assert (entry.kind, entry.info) == ("plan", {"what": "a plan", "list": [1, 2.5, None]})
+    assert cache.get({**KEY, "more": 1}) is None
+    cache.put(KEY, {"plan": b"another"}, {})
+    entry = cache.get(KEY)
+    assert entry is not None
+    assert entry.files == {"plan": b"another"}
+    assert len(files_in(cache, "entries")) == 1
+    cache.discard(KEY)
+    cache.discard(KEY)
+    assert cache.get(KEY) is None
+
+
+def test_a_key_of_any_plain_values_is_found_again(cache: Cache) -> None:
+    for number, value in enumerate([(1, (2.0,)), float("nan"), -0.0, b"\x00", "\ud800", {3: {"$tuple": 1}}, 2**80]):
+        wanted = {"kind": "plan", "value": value}
+        cache.put(wanted, {"plan": b"%d" % number}, {})
+        entry = cache.get(wanted)
+        assert entry is not None
+        assert entry.files == {"plan": b"%d" % number}
+
+
+def test_only_its_owner_may_read_what_is_kept(cache: Cache) -> None:
+    cache.put(KEY, payload(1), {})
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files_in(cache, "entries"))
+
+
+def test_nothing_in_it_is_unpickled() -> None:
+    names = ("cache", "canonical", "entries", "locks")
+    text = "".join((ROOT / "torchaccel" / f"{name}.py").read_text() for name in names)
+    assert not [line for line in text.splitlines() if "import" in line and ("pickle" in line or "torch " in line)]
+    assert "torch.load" not in text
+
+
+# --- processes ---
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Cache]:
+    """A cache where fsync costs nothing, if there is such a place."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        yield Cache(Path(folder) / "cache", LIMIT)
+
+
+def in_a_process(*arguments: object) -> None:
+    command = [sys.executable, "-m", "tests.cache_processes", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("work", ["put", "get", "lock"])
+def test_a_process_killed_at_any_moment_leaves_a_usable_cache(in_memory: Cache, work: str) -> None:
+    in_a_process("kill_at_every_moment", in_memory.folder, work)
+
+
+def test_a_process_killed_while_it_writes_leaves_a_usable_cache(in_memory: Cache) -> None:
+    in_a_process("kill_while_writing", in_memory.folder)
+
+
+@pytest.mark.parametrize(("processes", "victims"), [(2, 0), (8, 0), (8, 2)])
+def test_of_processes_that_race_for_one_key_one_builds(cache: Cache, processes: int, victims: int) -> None:
+    in_a_process("race", cache.folder, processes, victims)
+
+
+def test_one_process_at_a_time_holds_a_lock_whose_file_comes_and_goes(cache: Cache) -> None:
+    in_a_process("exclude", cache.folder)
+
+
+def test_of_threads_that_race_for_one_key_one_builds(cache: Cache) -> None:
+    builds = []
+
+    def want() -> None:
+        with cache.lock(KEY):
+            if cache.get(KEY) is None:
+                time.sleep(0.05)
+                builds.append(1)
+                cache.put(KEY, payload(1), {})
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert builds == [1]
+
+
+def test_other_keys_are_not_waited_for(cache: Cache) -> None:
+    with cache.lock(key(1)), cache.lock(key(2)):
+        assert len(files_in(cache, "busy")) == 2
+    assert files_in(cache, "busy") == []
+
+
+def test_a_lock_is_given_back_where_the_build_fails(cache: Cache) -> None:
+    with pytest.raises(ZeroDivisionError), cache.lock(KEY):
+        _ = 1 / 0
+    with cache.lock(KEY):
+        pass
+
+
+def test_a_lock_that_is_held_for_ever_is_waited_for_until_a_limit(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_LIMIT_S", 0.1)
+    with cache.lock(KEY), pytest.warns(CacheWarning, match="another process holds"), cache.lock(KEY):
+        cache.put(KEY, payload(1), {})
+    assert cache.get(KEY) is not None
+
+
+# --- damage ---
+
+
+def flip(position: int) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[position] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: path.write_bytes(b""),
+    "altered at its end": flip(-1),
+    "altered in its checksum": flip(30),
+    "altered in its manifest": flip(200),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "another version's": lambda path: path.write_bytes(path.read_bytes().replace(b"cache 1", b"cache 2", 1)),
+    "no entry": lambda path: path.write_bytes(os.urandom(5000)),
+    "of another key": lambda path: path.write_bytes(head(key(2), {"plan": b"x"}, {}) + b"x"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_what_is_damaged_is_moved_aside_with_one_warning(cache: Cache, damage: Callable[[Path], object]) -> None:
+    cache.put(KEY, payload(1), {})
+    damage(cache.path(KEY))
+    (problem,) = cache.verify().values()
+    assert problem
+    with pytest.warns(CacheWarning, match="damaged.*built again") as caught:
+        assert cache.get(KEY) is None
+    assert len(caught) == 1
+    assert cache.get(KEY) is None, "without a second warning"
+    assert len(files_in(cache, "damaged")) == 1
+    cache.put(KEY, payload(2), {})
+    entry = cache.get(KEY)
+    assert entry is not None
+    assert entry.files == payload(2)
+    assert list(cache.verify().values()) == [""]
+
+
+def test_every_single_byte_counts(cache: Cache) -> None:
+    cache.put(KEY, {"plan": b"payload"}, {"what": "a plan"})
+    path = cache.path(KEY)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flip(position)(path)
+        assert set(cache.verify().values()) != {""}, position
+        path.write_bytes(whole)
+        os.truncate(path, position)
+        assert set(cache.verify().values()) != {""}, position
+        path.write_bytes(whole)
+    assert set(cache.verify().values()) == {""}
+
+
+def test_an_entry_under_the_name_of_another_is_noticed(cache: Cache) -> None:
+    cache.put(key(1), payload(1), {})
+    cache.path(key(1)).replace(cache.path(KEY))
+    assert list(cache.verify().values()) == ["it is the entry of another key"]
+    with pytest.warns(CacheWarning, match="another key"):
+        assert cache.get(KEY) is None
+
+
+def test_a_hash_that_is_the_same_is_not_enough(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchaccel.cache.key_digest", "torchaccel.entries.digest"):
+        monkeypatch.setattr(name, lambda _: "0" * 64)
+    cache.put(key(1), payload(1), {})
+    with pytest.warns(CacheWarning, match="another key"):
+        assert cache.get(key(2)) is None
+    assert canonical(key(1)) != canonical(key(2))
+
+
+def test_what_is_moved_aside_is_bounded(cache: Cache) -> None:
+    for number in range(10):
+        cache.put(key(number), payload(number), {})
+        flip(-1)(cache.path(key(number)))
+        with pytest.warns(CacheWarning):
+            assert cache.get(key(number)) is None
+    assert len(files_in(cache, "damaged")) == module.DAMAGED_KEPT
+    cache.put(KEY, payload(1), {})
+    small = Cache(cache.folder, 200_000)
+    small.put(key(1), payload(2), {})
+    assert small.get(KEY) is not None, "what is damaged goes before what is whole"
+    assert len(files_in(cache, "damaged")) == 1
+
+
+# --- bounds ---
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 3 * 67_000)
+    for number in range(3):
+        cache.put(key(number), payload(number), {})
+        time.sleep(0.01)
+    assert cache.get(key(0)) is not None
+    time.sleep(0.01)
+    cache.put(key(3), payload(3), {})
+    assert [cache.get(key(number)) is not None for number in range(4)] == [True, False, True, True]
+    assert sum(entry.size_bytes for entry in cache.entries()) <= cache.limit_bytes
+
+
+def test_what_is_larger_than_all_of_it_is_not_kept_and_costs_nothing_else(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 100_000)
+    cache.put(key(1), payload(1), {})
+    with pytest.warns(CacheWarning, match="TORCHACCEL_CACHE_LIMIT_GIB"):
+        cache.put(key(2), payload(2, 200_000), {})
+    assert cache.get(key(1)) is not None
+    assert cache.get(key(2)) is None
+
+
+@pytest.mark.parametrize(("given", "gib"), [(None, 10), ("", 10), ("0.5", 0.5), ("0", 0), ("3", 3)])
+def test_the_limit_is_ten_gib_or_the_environments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, gib: float
+) -> None:
+    monkeypatch.setenv("TORCHACCEL_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCHACCEL_CACHE_LIMIT_GIB", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TORCHACCEL_CACHE_LIMIT_GIB", given)
+    assert limit_bytes() == gib * 2**30
+    opened = open_cache()
+    assert (opened is None) == (gib == 0)
+    if opened is not None:
+        assert (opened.folder, opened.limit_bytes) == (cache_folder(), gib * 2**30)
+        assert open_cache() is opened
+        assert open_cache(tmp_path / "other") is not opened
+
+
+@pytest.mark.parametrize("given", ["much", "-1", "nan", "inf"])
+def test_a_limit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("TORCHACCEL_CACHE_LIMIT_GIB", given)
+    with pytest.raises(OptionError, match="number of GiB"):
+        limit_bytes()
+
+
+# --- folders that cannot be used ---
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root may write anywhere, so be nobody."""
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def used(cache: Cache) -> list[str]:
+    """The warnings of a whole use of the cache, twice; the build serves all the same."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with cache.lock(KEY):
+                assert cache.get(KEY) is None
+                cache.put(KEY, payload(1), {})
+    assert {one.category for one in caught} <= {CacheWarning}
+    return [str(one.message) for one in caught]
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A folder that everyone may enter; pytest's own are closed to others than their owner."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_named_once_with_the_remedy(open_to_all: Path) -> None:
+    open_to_all.chmod(0o555)
+    with without_privileges():
+        (message,) = used(Cache(open_to_all / "cache", LIMIT))
+    assert str(open_to_all / "cache") in message
+    assert "Permission" in message
+    assert "TORCHACCEL_CACHE_DIR" in message
+
+
+def test_a_folder_that_may_only_be_read_serves(open_to_all: Path) -> None:
+    cache = Cache(open_to_all / "cache", LIMIT)
+    cache.put(KEY, payload(1), {})
+    cache.path(KEY).chmod(0o444)
+    for folder in (cache.folder, *cache.folder.iterdir()):
+        folder.chmod(0o555)
+    with without_privileges():
+        entry = cache.get(KEY)
+        assert entry is not None
+        assert entry.files == payload(1)
+        assert not os.access(cache.folder, os.W_OK, effective_ids=True)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("mine")
+    assert len(used(Cache(tmp_path / "cache", LIMIT))) == 1
+    assert (tmp_path / "cache").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_a_warning_and_no_file(cache: Cache) -> None:
+    cache.put(key(1), payload(1, 100), {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        messages = used(cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(messages) == 1, messages
+    assert "could not write" in messages[0]
+    assert str(cache.folder) in messages[0]
+    assert files_in(cache, "busy") == []
+    assert len(files_in(cache, "entries")) == 1
+    assert cache.get(key(1)) is not None
+    assert used_after(cache)
+
+
+def used_after(cache: Cache) -> bool:
+    cache.put(KEY, payload(1), {})
+    return cache.get(KEY) is not None
+
+
+# --- what is shown ---
+
+
+def test_what_is_there_is_listed_the_last_used_first(cache: Cache) -> None:
+    assert cache.entries() == []
+    for number in range(3):
+        cache.put(key(number), payload(number), {"what": f"number {number}"})
+        time.sleep(0.01)
+    assert cache.get(key(0)) is not None
+    assert [entry.info["what"] for entry in cache.entries()] == ["number 0", "number 2", "number 1"]
+    assert all(entry.size_bytes > 65536 and not entry.files for entry in cache.entries())
+    os.truncate(cache.path(key(1)), 100)
+    assert sorted(entry.kind for entry in cache.entries()) == ["damaged", "plan", "plan"]
+
+
+def test_clear_removes_everything_but_what_is_not_the_caches(cache: Cache) -> None:
+    for number in range(3):
+        cache.put(key(number), payload(number), {})
+    (cache.folder / "watch-helper.so").write_text("kept")
+    flip(-1)(cache.path(key(0)))
+    with pytest.warns(CacheWarning):
+        cache.get(key(0))
+    (cache.folder / "busy" / "dead.new").write_bytes(b"left")
+    with cache.lock(KEY):
+        files, size = cache.clear()
+        assert len(files_in(cache, "busy")) == 1, "what is in use stays"
+    assert files == 3
+    assert size > 3 * 65536
+    assert [path.name for path in cache.folder.rglob("*") if path.is_file()] == ["watch-helper.so"]
+    assert cache.clear() == (0, 0)

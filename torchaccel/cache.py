@@ -1,0 +1,250 @@
+"""What is built once and kept between processes: bytes under a key, in one folder of bounded size.
+
+An entry is one file, named by the SHA-256 of its key; it appears whole or not at all. What is being written, and who
+builds what, is marked by locks that end with their process, so that a kill at any moment leaves nothing to mend.
+"""
+
+import errno
+import fcntl
+import functools
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torchaccel.canonical import canonical, key_digest
+from torchaccel.entries import DamagedError, Entry, head, listed, problem, read
+from torchaccel.errors import CacheWarning, OptionError
+from torchaccel.locks import hold
+
+DEFAULT_LIMIT_GIB = 10.0
+DAMAGED_KEPT = 4  # entries that were moved aside
+LOCK_LIMIT_S = 600.0  # after it a process builds for itself: whoever holds the lock may hang
+
+
+def cache_folder() -> Path:
+    """Where what is built is kept: `$TORCHACCEL_CACHE_DIR`, or `torchaccel` in the user's cache folder."""
+    if folder := os.environ.get("TORCHACCEL_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchaccel"
+
+
+def limit_bytes() -> int:
+    """The size that a cache may have: `$TORCHACCEL_CACHE_LIMIT_GIB`, or 10 GiB; 0 keeps nothing."""
+    given = os.environ.get("TORCHACCEL_CACHE_LIMIT_GIB") or str(DEFAULT_LIMIT_GIB)
+    try:
+        return int(float(given) * 2**30) if float(given) >= 0 else _refuse_limit(given)
+    except (ValueError, OverflowError):
+        return _refuse_limit(given)
+
+
+def _refuse_limit(given: str) -> int:
+    raise OptionError(f"TORCHACCEL_CACHE_LIMIT_GIB={given!r}: allowed is a number of GiB, 0 for no cache.")
+
+
+def open_cache(folder: str | os.PathLike[str] | None = None) -> "Cache | None":
+    """The cache in `folder`, or in the default one; None where the limit is 0."""
+    limit = limit_bytes()
+    return _opened(Path(folder) if folder is not None else cache_folder(), limit) if limit else None
+
+
+@functools.cache
+def _opened(folder: Path, limit: int) -> "Cache":
+    return Cache(folder, limit)  # one for each folder, so that each complaint is made once
+
+
+class Cache:
+    """Entries in `folder`, together at most `limit_bytes`; those unused for longest go first.
+
+    Whatever the file system refuses (a full disk, a folder that is not to be written) is a warning, and a miss.
+
+    >>> import tempfile
+    >>> cache = Cache(tempfile.mkdtemp(), 1 << 20)
+    >>> cache.put({"kind": "plan", "graph": "softmax"}, {"plan": b"bytes"}, {"what": "an example"})
+    >>> cache.get({"kind": "plan", "graph": "softmax"}).files
+    {'plan': b'bytes'}
+    >>> cache.get({"kind": "plan", "graph": "relu"}) is None
+    True
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit_bytes: int) -> None:
+        self.folder = Path(folder)
+        self.limit_bytes = limit_bytes
+        self._entries, self._damaged, self._busy = (self.folder / name for name in ("entries", "damaged", "busy"))
+        self._told: set[str] = set()
+
+    def path(self, key: Any) -> Path:
+        """Where the entry of a key is, or would be."""
+        return self._entries / key_digest(key)
+
+    def get(self, key: Any) -> Entry | None:
+        """The entry of `key`, whole and checked, or None; what is damaged is moved aside, with a warning."""
+        path = self.path(key)
+        try:
+            entry = read(path, canonical(key))
+            with suppress(OSError):  # a folder that is only read has no order of use
+                os.utime(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._complain("read", error)
+            return None
+        except DamagedError as error:
+            self._move_aside(path, str(error))
+            return None
+        return entry
+
+    def put(self, key: Any, files: Mapping[str, bytes], info: Mapping[str, Any]) -> None:
+        """Keep `files`, and the plain data of `info`, under `key`, a dict with a `"kind"`; an older entry goes."""
+        first = head(key, files, info)
+        size = len(first) + sum(map(len, files.values()))
+        if size > self.limit_bytes:
+            self._tell(
+                "size",
+                f"an entry of {size / 2**20:.0f} MiB is not kept in {self.folder}, whose limit is "
+                f"{self.limit_bytes / 2**20:.0f} MiB: raise TORCHACCEL_CACHE_LIMIT_GIB.",
+            )
+            return
+        try:
+            for folder in (self._entries, self._busy):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sweep()
+            self._write(self.path(key), (first, *files.values()))
+            self._bound()
+        except OSError as error:
+            self._complain("write", error)
+
+    def _write(self, path: Path, parts: Sequence[bytes]) -> None:
+        temporary = self._busy / f"{uuid.uuid4().hex}.new"
+        descriptor = hold(temporary, deadline_s=None)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                for part in parts:
+                    file.write(part)
+            os.fsync(descriptor)
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def lock(self, key: Any) -> Iterator[None]:
+        """Hold the only right, among all processes and threads, to build what belongs to `key`."""
+        path, descriptor = self._busy / f"{key_digest(key)}.lock", None
+        try:
+            self._busy.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = hold(path, time.monotonic() + LOCK_LIMIT_S)
+        except OSError as error:  # then two may build the same
+            self._complain("lock", error)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                path.unlink(missing_ok=True)
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open too
+                os.close(descriptor)
+
+    def discard(self, key: Any) -> None:
+        """Forget the entry of `key`."""
+        with suppress(OSError):
+            self.path(key).unlink(missing_ok=True)
+
+    def entries(self) -> list[Entry]:
+        """What is there, without payloads, the last used first; what is damaged has the kind `"damaged"`."""
+        return [listed(path) for _, path in reversed(_by_age(self._entries))]
+
+    def verify(self) -> dict[Path, str]:
+        """Read all of it: for each entry why it is damaged, or "" where it is whole. Nothing is changed."""
+        return {path: problem(path) for _, path in _by_age(self._entries)}
+
+    def clear(self) -> tuple[int, int]:
+        """Remove all entries, and what was moved aside; returns how many files, and how many bytes."""
+        paths = [path for folder in (self._entries, self._damaged) for _, path in _by_age(folder)]
+        removed = [_remove(path) for path in paths]
+        self._sweep()
+        return sum(size is not None for size in removed), sum(filter(None, removed))
+
+    def _move_aside(self, path: Path, why: str) -> None:
+        with suppress(OSError):  # where it has to stay, the new entry replaces it
+            self._damaged.mkdir(mode=0o700, exist_ok=True)
+            path.replace(self._damaged / f"{path.name}-{uuid.uuid4().hex[:8]}")
+            self._bound()
+        self._warn(f"{path} in the cache is damaged ({why}): it is moved to {self._damaged} and built again.")
+
+    def _bound(self) -> None:
+        """Remove what was moved aside, then what was unused for longest, until the rest is within the limit."""
+        damaged, kept = _by_age(self._damaged), _by_age(self._entries)
+        files = [(path, _size(path)) for _, path in damaged + kept]
+        total = sum(size for _, size in files)
+        for number, (path, size) in enumerate(files):
+            if total > self.limit_bytes or number < len(damaged) - DAMAGED_KEPT:
+                _remove(path)
+                total -= size
+
+    def _sweep(self) -> None:
+        """Remove what processes that are no more were writing or held."""
+        for _, path in _by_age(self._busy):
+            with suppress(OSError):  # TimeoutError: its owner lives
+                descriptor = hold(path, deadline_s=0.0, create=False)
+                try:
+                    path.unlink()
+                finally:
+                    os.close(descriptor)
+
+    def _complain(self, verb: str, error: OSError) -> None:
+        remedy = {errno.ENOSPC: "make room there", errno.EDQUOT: "make room there"}.get(error.errno or 0, "mend that")
+        self._tell(
+            "use",
+            f"could not {verb} in the cache {self.folder} ({type(error).__name__}: {error}). Engines serve all the "
+            f"same, and each process builds its own: {remedy}, choose another folder by cache_dir= or "
+            f"TORCHACCEL_CACHE_DIR, or switch the cache off by cache_dir=False.",
+        )
+
+    def _tell(self, about: str, text: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(text, CacheWarning, stacklevel=2)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _by_age(folder: Path) -> list[tuple[int, Path]]:
+    """The files of a folder with their times of last use, the oldest first; none where there is no such folder."""
+    found = []
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):  # another process has just removed it
+                found.append((path.stat().st_mtime_ns, path))
+    return sorted(found)
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _remove(path: Path) -> int | None:
+    """Remove a file; its size, or None where another process was quicker."""
+    size = _size(path)
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return None
+    return size

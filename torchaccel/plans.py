@@ -1,0 +1,172 @@
+"""Plans that outlive their process: what one depends on, the way into the cache and back, and what does not serve."""
+
+import functools
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from torchaccel import kernels
+from torchaccel.backends.base import Backend, Plan
+from torchaccel.cache import Cache
+from torchaccel.capture import Program
+from torchaccel.entries import Entry
+from torchaccel.environment import distribution_version, facts
+from torchaccel.errors import AccuracyError, BuildError, CacheWarning
+from torchaccel.interrupts import interruption_point
+from torchaccel.memory import is_out_of_memory
+from torchaccel.options import Options
+from torchaccel.precision import PRECISIONS
+from torchaccel.program_key import NoKeyError, program_key
+from torchaccel.provenance import code_hash, describe_gpu
+from torchaccel.report import Coverage, EngineRecord
+
+Served = TypeVar("Served")
+
+_MACHINE = ("platform", "driver", "cuda", "cudnn", "torch", "torchvision", "torch_tensorrt", "tensorrt", "tensorrt_rtx")
+_EXPORT = ("onnx", "onnxscript", "onnx-ir")
+
+
+@dataclass
+class Found:
+    """A plan, whether it was in the cache, and why it is not kept there if it is not."""
+
+    plan: Plan
+    from_cache: bool = False
+    why_not_kept: str = ""
+    cache: Cache | None = None
+    key: Any = None
+
+    def discard(self) -> None:
+        """Forget the plan in the cache: it does not serve."""
+        if self.cache is not None:
+            self.cache.discard(self.key)
+
+
+def serve(
+    backend: Backend,
+    program: Program,
+    options: Options,
+    device: torch.device,
+    *,
+    cache: Cache | None,
+    what: str,
+    record: EngineRecord,
+    load: Callable[[Plan], Served],
+) -> Served:
+    """What `load` makes of the plan of a program, and of the kernels that the cache has for it.
+
+    A plan that does not serve is not left in the cache; one that came from there is built again, with a warning.
+    """
+    plans_of: Cache | None = cache
+    while True:
+        started = time.perf_counter()
+        found = plan_for(backend, program, options, device, cache=plans_of, what=what)
+        record.build_ms = (time.perf_counter() - started) * 1e3
+        interruption_point()
+        plan = found.plan
+        record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
+        record.from_cache, record.not_cached_because = found.from_cache, found.why_not_kept
+        flavour = plan.manifest.get("flavour")
+        try:
+            kernels.restore(flavour, device, cache)
+            served = load(plan)
+        except (BuildError, AccuracyError) as error:
+            if is_out_of_memory(error):
+                raise
+            found.discard()
+            if not found.from_cache:
+                raise
+            reason = str(error)
+        else:
+            kernels.keep(flavour, device, cache)
+            return served
+        warnings.warn(f"the engine from the cache does not serve, and is built again: {reason}", CacheWarning, 2)
+        record.gates, plans_of = (), None
+
+
+def plan_for(
+    backend: Backend,
+    program: Program,
+    options: Options,
+    device: torch.device,
+    *,
+    cache: Cache | None,
+    what: str,
+    gpu: dict[str, Any] | None = None,
+) -> Found:
+    """The plan of a program that has its weights: the cache's, or one that is built now and kept there.
+
+    Plans of one serialised engine are kept; a program in several parts is not. `what` is for people, in listings; `gpu`
+    describes the device, which is asked where it is None. Of several processes that want one plan, one builds it.
+    """
+    precision = PRECISIONS[options.precision]
+
+    def build() -> Plan:
+        return backend.build(program, precision, device, partial=options.partial)
+
+    if cache is None or backend.native:
+        return Found(build())
+    try:
+        key = plan_key(backend, program, options, gpu or describe_gpu(device))
+    except NoKeyError as error:
+        return Found(build(), why_not_kept=f"it has {error}")
+    entry = cache.get(key)
+    if entry is None:
+        with cache.lock(key):
+            entry = cache.get(key)  # whoever held the lock has built it
+            if entry is None:
+                plan = build()
+                if plan.manifest.get("program") or not isinstance(plan.payload, bytes):
+                    return Found(plan, why_not_kept="parts of it run outside engines")
+                cache.put(key, {"engine": plan.payload}, {"what": f"{what} {options.precision}", **_plain(plan)})
+                return Found(plan, cache=cache, key=key)
+    return Found(_restored(entry, backend, options), from_cache=True, cache=cache, key=key)
+
+
+def plan_key(backend: Backend, program: Program, options: Options, gpu: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a plan depends on, in plain values; raises `NoKeyError` where that cannot be said."""
+    precision = PRECISIONS[options.precision]
+    return {
+        "kind": "plan",
+        "backend": backend.name,
+        "library": backend.library(),
+        "precision": [precision.name, str(precision.dtype), precision.tf32],
+        "partial": options.partial,
+        "gpu": gpu,
+        "versions": _versions(),
+        "program": program_key(program),
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, Any]:
+    """Of all that has a part in a build, our own code included."""
+    known = facts().to_dict()
+    return {
+        **{name: known[name] for name in _MACHINE},
+        **{name: distribution_version(name) for name in _EXPORT},
+        "torchaccel": code_hash(),
+    }
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    coverage = plan.coverage or Coverage()
+    return {
+        "library": plan.library,
+        "manifest": plan.manifest,
+        "coverage": [dict(coverage.inside), dict(coverage.outside), coverage.engines],
+    }
+
+
+def _restored(entry: Entry, backend: Backend, options: Options) -> Plan:
+    info = entry.info
+    manifest = {**info["manifest"], "inputs": [tuple(pair) for pair in info["manifest"]["inputs"]]}
+    inside, outside, engines = info["coverage"]
+    coverage = Coverage(Counter(inside), Counter(outside), engines)
+    precision = PRECISIONS[options.precision]
+    return Plan(backend.name, precision, entry.files["engine"], manifest, coverage, info["library"])
