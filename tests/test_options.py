@@ -107,7 +107,6 @@ def test_a_combination_that_makes_no_sense_is_refused(options: dict[str, Any]) -
     ("name", "value"),
     [
         ("backend", "fastest"),
-        ("backend", "fused"),
         ("objective", "throughput"),
         ("objective", "stream"),
         ("race_budget_s", 60.0),
@@ -252,7 +251,7 @@ NASTY: list[Any] = [
     torch.tensor(1),
     torch.tensor(2.5),
     np.array([1, 2]),
-    np.array(["fused", "eager"]),
+    np.array(["fastest", "eager"]),
     np.float64(0.5),
     float("nan"),
     "",

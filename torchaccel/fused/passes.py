@@ -1,0 +1,343 @@
+"""The passes: each rewrites a captured program into an equal one that runs faster, and says how often it did.
+
+They go by the flow of data alone, so a network in functional style is rewritten like one of nested modules. Each is
+exact up to the rounding of one operator, and can be left out: `rewrite(program, passes)`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace as with_changes
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchaccel.capture import Program
+from torchaccel.fused.graph import (
+    arguments,
+    aten,
+    calls,
+    is_tensor,
+    mutates,
+    only_user,
+    pair,
+    put,
+    put_aten,
+    replace,
+    same_shape,
+    tidy,
+    value,
+    weights,
+    written_between,
+)
+from torchaccel.fused.operators import OPAQUE
+from torchaccel.weights import WeightRule
+
+Pass = Callable[[Program], int]
+_conv_bias_act = torch.ops.torchaccel.conv_bias_act.default
+
+_IN_PLACE = {
+    aten.relu_.default: aten.relu.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.relu6_.default: aten.relu6.default,
+    aten.silu_.default: aten.silu.default,
+    aten.hardswish_.default: aten.hardswish.default,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.dropout_.default: aten.dropout.default,
+}
+# Operators whose result is new memory that nothing else refers to.
+_FRESH = {
+    *_IN_PLACE.values(),
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.batch_norm.default,
+    aten.linear.default,
+    aten.max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.sub.Tensor,
+    aten.cat.default,
+    aten.layer_norm.default,
+} - {aten.dropout.default}
+
+
+def write_out_of_place(program: Program) -> int:
+    """Turn operators that write to their input into ones that return a new tensor, where that is the same.
+
+    It is where the input is fresh memory and nothing that ran before the write can be a view of it: then whoever
+    reads it later reads what was written.
+    """
+    done = 0
+    for node in calls(program.exported.graph, *_IN_PLACE):
+        x = node.args[0]
+        if not is_tensor(x) or x.target not in _FRESH or not same_shape(x, node):
+            continue
+        order = {other: index for index, other in enumerate(program.exported.graph.nodes)}
+        users = [user for user in x.users if user is not node]
+        if any(order[user] < order[node] and user.target not in _FRESH for user in users):
+            continue
+        later = [user for user in users if order[user] > order[node]]
+        node.target = _IN_PLACE[node.target]
+        for user in later:
+            user.replace_input_with(x, node)
+            if user.op == "output":
+                program.exported.graph_signature.replace_all_uses(x.name, node.name)
+        done += 1
+    return done
+
+
+def drop_no_ops(program: Program) -> int:
+    """Drop dropout, and casts to the dtype that is there already."""
+    done = 0
+    for node in calls(program.exported.graph, aten.dropout.default, aten.to.dtype, aten.detach.default):
+        given = arguments(node)
+        x = next(iter(given.values()))
+        needed = given.get("train") or given.get("copy") or given.get("memory_format") is not None
+        read_by_writers = any(user.target in _IN_PLACE or user.op == "output" for user in node.users)
+        if needed or not same_shape(x, node) or read_by_writers:
+            continue
+        replace(program, node, x)
+        done += 1
+    return done
+
+
+def let_views_copy(program: Program) -> int:
+    """`view` to `reshape`, which copies where a view cannot be had: the layouts behind it are no longer those traced.
+
+    Not where anything is written in place, since a view may be what it is written through.
+    """
+    graph = program.exported.graph
+    if any(mutates(node) for node in graph.nodes):
+        return 0
+    views = calls(graph, aten.view.default)
+    for node in views:
+        node.target = aten.reshape.default
+    return len(views)
+
+
+def fuse_convolutions(program: Program) -> int:
+    """Convolution + bias [+ residual] + ReLU in one operator; a depthwise one with its activation; one without bias."""
+    return sum(_fuse_convolution(program, node) for node in _convolutions(program))
+
+
+_RELUS = (aten.relu.default,)
+
+
+def _convolutions(program: Program) -> list[fx.Node]:
+    return calls(program.exported.graph, aten.conv2d.default, aten.conv2d.padding)
+
+
+def _fuse_convolution(program: Program, conv: fx.Node) -> bool:
+    given = arguments(conv)
+    padding = _padding(given)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    if padding is None or value(x).dim() != 4 or not value(x).is_floating_point():
+        return False
+    depthwise = value(weight).shape[1] == 1 and value(weight).shape[0] == given["groups"]
+    last, residual, activation = _epilogue(conv, _activation if depthwise else _relu)
+    if activation == "none" and not depthwise:
+        if bias is not None:  # left to whoever fuses the bias with what follows
+            return False
+        last, residual = conv, None
+    if last is not conv and written_between(conv, last):
+        return False
+    geometry = pair(given["stride"]), padding, pair(given["dilation"]), given["groups"]
+    fused = put(program, last, "conv_bias_act", (x, weight, bias, residual, *geometry, activation))
+    replace(program, last, fused)
+    return True
+
+
+def _padding(given: dict[str, Any]) -> list[int] | None:
+    """The padding of a convolution in numbers; None where it is more on one side than on the other."""
+    if given["padding"] == "valid":
+        return [0, 0]
+    if given["padding"] != "same":
+        return pair(given["padding"])
+    sizes = [d * (k - 1) for d, k in zip(pair(given["dilation"]), value(given["weight"]).shape[2:], strict=True)]
+    return None if any(size % 2 for size in sizes) else [size // 2 for size in sizes]
+
+
+def _epilogue(conv: fx.Node, activation_of: Callable[[fx.Node | None], str]) -> tuple[fx.Node, fx.Node | None, str]:
+    """The last node of convolution [+ residual] + activation, the residual, and the activation."""
+    following = only_user(conv)
+    if (activation := activation_of(following)) != "none":
+        assert following is not None
+        return following, None, activation
+    residual = _added(following, conv)
+    if following is not None and residual is not None:
+        act = only_user(following)
+        if (activation := activation_of(act)) != "none":
+            assert act is not None
+            return act, residual, activation
+    return conv, None, "none"
+
+
+def _added(add: fx.Node | None, conv: fx.Node) -> fx.Node | None:
+    """What an addition adds to a convolution's result, if it is a tensor of the same shape and nothing is scaled."""
+    if add is None or add.target is not aten.add.Tensor or arguments(add)["alpha"] != 1:
+        return None
+    given = arguments(add)
+    other = given["other"] if given["self"] is conv else given["self"]
+    return other if is_tensor(other) and other is not conv and same_shape(other, conv) else None
+
+
+def _relu(node: fx.Node | None) -> str:
+    return "relu" if node is not None and node.target in _RELUS else "none"
+
+
+def _activation(node: fx.Node | None) -> str:
+    if node is None:
+        return "none"
+    names = {aten.relu6.default: "relu6", aten.silu.default: "silu", aten.hardswish.default: "hardswish"}
+    if node.target is aten.hardtanh.default:
+        given = arguments(node)
+        return "relu6" if (given["min_val"], given["max_val"]) == (0, 6) else "none"
+    return names.get(node.target, _relu(node))
+
+
+def merge_residual_bias(program: Program) -> int:
+    """Add the bias of a convolution that is another's residual to that other's: one is left to be added."""
+    done = 0
+    for fused in calls(program.exported.graph, _conv_bias_act):
+        given = arguments(fused)
+        other, names = given["residual"], weights(program)
+        if not is_tensor(other) or other.target not in (aten.conv2d.default, aten.conv2d.padding):
+            continue
+        bias, extra = given["bias"], arguments(other)["bias"]
+        own = [node for node in (bias, extra) if node in names and len(node.users) == 1]
+        if len(own) < 2 or len(other.users) != 1 or value(bias).dtype != value(extra).dtype:
+            continue
+        rules = program.rules[names[bias]], program.rules[names[extra]]
+        program.rules[names[bias]] = WeightRule((), "sum", value(bias).dtype, parts=rules)
+        other.args, other.kwargs = (*other.args[:2], None, *other.args[3:]), {**other.kwargs}
+        if "bias" in other.kwargs:
+            other.kwargs = {name: argument for name, argument in other.kwargs.items() if name != "bias"}
+        _fuse_convolution(program, other)
+        done += 1
+    return done
+
+
+def pad_first_channels(program: Program) -> int:
+    """Give a convolution of three channels a fourth, of zeros: cuDNN's fast kernels want them in fours or eights."""
+    done, names = 0, weights(program)
+    for conv in calls(program.exported.graph, _conv_bias_act, aten.conv2d.default, aten.conv2d.padding):
+        x, weight = conv.args[0], conv.args[1]
+        if not is_tensor(x) or weight not in names or len(weight.users) > 1 or arguments(conv)["groups"] != 1:
+            continue
+        if value(x).dim() != 4 or value(x).shape[1] != 3 or value(weight).shape[1] != 3:
+            continue
+        padded = put(program, conv, "pad_channels", (x, 4))
+        program.rules[names[weight]] = with_changes(program.rules[names[weight]], input_channels=4)
+        shape = list(value(weight).shape)
+        shape[1] = 4
+        weight.meta["val"] = value(weight).new_empty(shape)
+        conv.args = (padded, *conv.args[1:])
+        done += 1
+    return done
+
+
+def take_patches(program: Program) -> int:
+    """A convolution whose windows neither overlap nor leave gaps (ViT's patches) as one matrix product."""
+    done = 0
+    for conv in _convolutions(program):
+        given = arguments(conv)
+        x, weight = given["input"], given["weight"]
+        kernel = list(value(weight).shape[2:])
+        plain = _padding(given) == [0, 0] and pair(given["dilation"]) == [1, 1] and given["groups"] == 1
+        if not plain or value(x).dim() != 4 or kernel != pair(given["stride"]) or kernel == [1, 1]:
+            continue
+        _, _, height, width = value(x).shape
+        if not isinstance(height, int) or not isinstance(width, int) or height % kernel[0] or width % kernel[1]:
+            continue
+        replace(program, conv, _patches_product(conv, x, weight, given["bias"], kernel))
+        done += 1
+    return done
+
+
+def _patches_product(conv: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, kernel: list[int]) -> fx.Node:
+    (kh, kw), channels = kernel, value(x).shape[1]
+    height, width = value(x).shape[2] // kh, value(x).shape[3] // kw
+    pixels = put_aten(conv, aten.permute.default, x, [0, 2, 3, 1])
+    windows = put_aten(conv, aten.reshape.default, pixels, [-1, height, kh, width, kw, channels])
+    patches = put_aten(conv, aten.permute.default, windows, [0, 1, 3, 2, 4, 5])
+    rows = put_aten(conv, aten.reshape.default, patches, [-1, height, width, kh * kw * channels])
+    last = put_aten(conv, aten.permute.default, weight, [0, 2, 3, 1])
+    matrix = put_aten(conv, aten.reshape.default, last, [-1, kh * kw * channels])
+    product = put_aten(conv, aten.linear.default, rows, matrix, bias)
+    return put_aten(conv, aten.permute.default, product, [0, 3, 1, 2])
+
+
+def replace_max_pools(program: Program) -> int:
+    """Max-pooling by a kernel of ours: PyTorch's channels-last one takes four times what the memory allows."""
+    done = 0
+    for pool in calls(program.exported.graph, aten.max_pool2d.default):
+        given = arguments(pool)
+        x = given["self"]
+        if value(x).dim() != 4 or not value(x).is_floating_point():
+            continue
+        kernel = pair(given["kernel_size"])
+        stride = pair(given["stride"]) if given["stride"] else kernel
+        geometry = kernel, stride, pair(given["padding"]), pair(given["dilation"])
+        replace(program, pool, put(program, pool, "max_pool2d", (x, *geometry, bool(given["ceil_mode"]))))
+        done += 1
+    return done
+
+
+def replace_means(program: Program) -> int:
+    """The mean over height and width, where what gives them is an operator of ours, which nothing else fuses with."""
+    done = 0
+    for node in calls(program.exported.graph, aten.adaptive_avg_pool2d.default, aten.mean.dim):
+        given = arguments(node)
+        x = given["self"]
+        if not is_tensor(x) or x.target not in OPAQUE or value(x).dim() != 4 or value(node).dtype != value(x).dtype:
+            continue
+        if node.target is aten.mean.dim:
+            keep = given["keepdim"]
+            if not given["dim"] or sorted(dim % 4 for dim in given["dim"]) != [2, 3]:
+                continue
+        else:
+            keep = True
+            if pair(given["output_size"]) != [1, 1]:
+                continue
+        mean = put(program, node, "mean_pixels", (x,))
+        if keep:
+            mean = put_aten(node, aten.unsqueeze.default, put_aten(node, aten.unsqueeze.default, mean, -1), -1)
+        replace(program, node, mean)
+        done += 1
+    return done
+
+
+def choose_attention(program: Program) -> int:
+    """Scaled dot-product attention by whichever of PyTorch's kernels is the fastest for these shapes."""
+    done = 0
+    for node in calls(program.exported.graph, aten.scaled_dot_product_attention.default):
+        given = arguments(node)
+        tensors = [given[name] for name in ("query", "key", "value")]
+        if given["dropout_p"] or given["enable_gqa"] or any(value(tensor).dim() != 4 for tensor in tensors):
+            continue
+        args = (*tensors, given["attn_mask"], bool(given["is_causal"]), given["scale"])
+        replace(program, node, put(program, node, "attention", args))
+        done += 1
+    return done
+
+
+PASSES: tuple[Pass, ...] = (
+    write_out_of_place,
+    drop_no_ops,
+    let_views_copy,
+    take_patches,
+    fuse_convolutions,
+    merge_residual_bias,
+    pad_first_channels,
+    replace_max_pools,
+    replace_means,
+    choose_attention,
+)
+
+
+def rewrite(program: Program, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
+    """Run the passes on a program that has no weights yet; returns how often each found something."""
+    counts = {}
+    for run in passes:
+        counts[run.__name__] = run(program)
+    tidy(program)
+    return counts
