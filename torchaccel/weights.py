@@ -39,7 +39,7 @@ class WeightRule:
     def _value(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the function gives, before it is rounded and laid out."""
         if self.function == "sum":
-            return torch.stack([part._value(tensors) for part in self.parts]).sum(0)
+            return torch.stack([part._value(tensors).double() for part in self.parts]).sum(0)
         given = [None if name is None else tensors[name].detach() for name in self.sources]
         return _FUNCTIONS[self.function](*given, epsilon=self.epsilon)
 

@@ -14,6 +14,7 @@ from torchaccel.capture import Program, quiet
 from torchaccel.environment import triton_problem
 from torchaccel.errors import BuildError
 from torchaccel.memory import is_out_of_memory
+from torchaccel.precision import Precision
 
 
 class Fused(NativeBackend):
@@ -42,7 +43,6 @@ class Fused(NativeBackend):
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """Choose every kernel by a first run on the program's own examples, then the route that is faster."""
         program: Program = plan.payload
-        inputs = [_laid_out(tensor, program.channels_last) for tensor in program.inputs]
         is_gpu = device.type == "cuda"
         routes = self._routes if is_gpu and _leaves_work(program) else self._routes[:1]
         engines: dict[str, Engine] = {}
@@ -50,7 +50,8 @@ class Fused(NativeBackend):
         failures: dict[str, str] = {}
         for route in routes:
             try:
-                engine = NativeEngine(_ROUTES[route](program), plan.precision, program.channels_last)
+                engine = FusedEngine(_ROUTES[route](program), plan.precision, program)
+                inputs = [engine.input_buffer(index, tensor) for index, tensor in enumerate(program.inputs)]
                 with quiet():
                     engine(*inputs)
                 times_ms[route] = _time_ms(engine, inputs, device) if is_gpu and len(routes) > 1 else 0.0
@@ -66,6 +67,50 @@ class Fused(NativeBackend):
         plan.manifest |= {"route": chosen, "routes_ms": times_ms, "routes_failed": failures}
         plan.library = f"PyTorch {torch.__version__} ({_story(chosen, times_ms, failures)})"
         return engines[chosen]
+
+
+class FusedEngine(NativeEngine):
+    """Runs the rewritten program, whose inputs may have more channels than the module's.
+
+    A runner's buffer then is a view of a wider one, in which the rest is zero: nothing is padded at a call.
+    """
+
+    def __init__(self, run: Any, precision: Precision, program: Program) -> None:
+        super().__init__(run, precision, program.channels_last)
+        self._channels = _widened_inputs(program)
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run it on buffers of its own, or on any other tensors, which are padded first."""
+        given = list(inputs)
+        for index, channels in self._channels.items():
+            wide = getattr(given[index], _WIDE, None)
+            given[index] = _pad(given[index], channels) if wide is None else wide
+        return super().__call__(*given)
+
+    def input_buffer(self, index: int, example: torch.Tensor) -> torch.Tensor:
+        """A buffer for an input; a view of a wider one where the program wants more channels."""
+        if index not in self._channels:
+            return super().input_buffer(index, example)
+        wide = _pad(example.detach(), self._channels[index])
+        buffer = wide[:, : example.shape[1]]
+        setattr(buffer, _WIDE, wide)
+        return buffer
+
+
+_WIDE = "_torchaccel_wide"
+
+
+def _pad(tensor: torch.Tensor, channels: int) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.ops.torchaccel.pad_channels(tensor, channels)
+
+
+def _widened_inputs(program: Program) -> dict[int, int]:
+    """Which inputs have more channels in the rewritten program than the module's, and how many."""
+    nodes = {node.name: node for node in program.exported.graph.nodes if node.op == "placeholder"}
+    shapes = [nodes[name].meta["val"].shape for name in program.exported.graph_signature.user_inputs]
+    pairs = enumerate(zip(shapes, program.inputs, strict=True))
+    return {index: wanted[1] for index, (wanted, given) in pairs if given.dim() == 4 and given.shape[1] != wanted[1]}
 
 
 def _story(chosen: str, times_ms: dict[str, float], failures: dict[str, str]) -> str:
@@ -102,11 +147,6 @@ def _leaves_work(program: Program) -> bool:
     operators = [node.target for node in program.exported.graph.nodes if node.op == "call_function"]
     rest = [target for target in operators if getattr(target, "namespace", "aten") != "torchaccel"]
     return any(str(target).split(".")[1] not in _NO_WORK for target in rest)
-
-
-def _laid_out(tensor: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.contiguous_format
-    return tensor.contiguous(memory_format=layout)
 
 
 def _time_ms(engine: Engine, inputs: Sequence[torch.Tensor], device: torch.device) -> float:

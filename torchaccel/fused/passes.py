@@ -25,6 +25,7 @@ from torchaccel.fused.graph import (
     replace,
     same_shape,
     tidy,
+    traced,
     value,
     weights,
     written_between,
@@ -34,6 +35,7 @@ from torchaccel.weights import WeightRule
 
 Pass = Callable[[Program], int]
 _conv_bias_act = torch.ops.torchaccel.conv_bias_act.default
+_pad_channels = torch.ops.torchaccel.pad_channels.default
 
 _IN_PLACE = {
     aten.relu_.default: aten.relu.default,
@@ -217,20 +219,24 @@ def merge_residual_bias(program: Program) -> int:
 
 
 def pad_first_channels(program: Program) -> int:
-    """Give a convolution of three channels a fourth, of zeros: cuDNN's fast kernels want them in fours or eights."""
+    """Give a convolution of three channels a fourth, of zeros: cuDNN's fast kernels want them in fours or eights.
+
+    Where it reads an input of the program that nothing else reads, that input itself has four from now on: whoever
+    calls the program pads it.
+    """
     done, names = 0, weights(program)
     for conv in calls(program.exported.graph, _conv_bias_act, aten.conv2d.default, aten.conv2d.padding):
         x, weight = conv.args[0], conv.args[1]
-        if not is_tensor(x) or weight not in names or len(weight.users) > 1 or arguments(conv)["groups"] != 1:
+        if not is_tensor(x) or weight not in names or not is_tensor(weight) or arguments(conv)["groups"] != 1:
             continue
-        if value(x).dim() != 4 or value(x).shape[1] != 3 or value(weight).shape[1] != 3:
+        if value(x).dim() != 4 or value(x).shape[1] != 3 or len(weight.users) > 1:
             continue
-        padded = put(program, conv, "pad_channels", (x, 4))
         program.rules[names[weight]] = with_changes(program.rules[names[weight]], input_channels=4)
-        shape = list(value(weight).shape)
-        shape[1] = 4
-        weight.meta["val"] = value(weight).new_empty(shape)
-        conv.args = (padded, *conv.args[1:])
+        weight.meta["val"] = traced(_pad_channels, (value(weight), 4))
+        if x.op == "placeholder" and x not in names and len(x.users) == 1:
+            x.meta["val"] = traced(_pad_channels, (value(x), 4))
+        else:
+            conv.args = (put(program, conv, "pad_channels", (x, 4)), *conv.args[1:])
         done += 1
     return done
 
