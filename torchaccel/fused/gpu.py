@@ -30,7 +30,7 @@ def conv_bias_act(
     """activation(conv2d(x, weight) + bias + residual), channels-last."""
     x = _channels_last(x)
     residual = None if residual is None else _channels_last(residual)
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
     candidates: dict[str, Run] = {
         "aten": functools.partial(_aten_conv, x, weight, bias, residual, *geometry, groups, activation)
     }
@@ -125,7 +125,7 @@ def max_pool2d(
     ceil_mode: bool,
 ) -> torch.Tensor:
     """Max-pooling, channels-last."""
-    geometry = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+    geometry = _pair(kernel), _pair(stride), _pair(padding), _pair(dilation)
     x = _channels_last(x)
     if x.dtype not in _TRITON_DTYPES or x.numel() == 0:
         return REFERENCE["max_pool2d"](x, *geometry, ceil_mode)
@@ -185,6 +185,11 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "pad_channels": pad_channels,
     "attention": attention,
 }
+
+
+def _pair(numbers: Sequence[int]) -> tuple[int, int]:
+    height, width = numbers
+    return height, width
 
 
 def _key(tensor: torch.Tensor) -> Hashable:

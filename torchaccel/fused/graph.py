@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torchaccel.capture import Program
+from torchaccel.fused import operators  # noqa: F401 - importing it is what makes them
 from torchaccel.prepare import drop_unused_weights, weight_nodes
 
 aten = torch.ops.aten

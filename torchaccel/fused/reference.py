@@ -44,7 +44,8 @@ def max_pool2d(
     ceil_mode: bool,
 ) -> torch.Tensor:
     """Max-pooling over height and width."""
-    return _channels_last(functional.max_pool2d(x, *map(tuple, (kernel, stride, padding, dilation)), ceil_mode))
+    geometry = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+    return _channels_last(functional.max_pool2d(x, *geometry, ceil_mode))
 
 
 def mean_pixels(x: torch.Tensor) -> torch.Tensor:
