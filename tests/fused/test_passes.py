@@ -13,6 +13,7 @@ from tests.helpers import Lambda, captured, relative_error, settled
 from torchaccel.backends.fused import Fused
 from torchaccel.backends.inductor import Inductor
 from torchaccel.capture import Program
+from torchaccel.fused import convolutions
 from torchaccel.fused.passes import PASSES, rewrite
 from torchaccel.precision import PRECISIONS
 from torchaccel.weights import WeightStore
@@ -77,6 +78,7 @@ FUSED: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "residual used later": (lambda m, x: (m.a(x) + x).relu() * x, ["+relu"]),
     "two convolutions": (lambda m, x: (m.a(x) + m.b(x)).relu(), ["none", "+relu"]),
     "depthwise": (lambda m, x: m.depthwise(x) * 2, ["none"]),
+    "depthwise, bare sum": (lambda m, x: (m.depthwise(x) + x).tanh(), ["+none"]),
     "depthwise, silu": (lambda m, x: functional.silu(m.depthwise(x), inplace=True), ["silu"]),
     "depthwise, relu6": (lambda m, x: functional.relu6(m.depthwise(x)), ["relu6"]),
     "depthwise, clamp 0 to 6": (lambda m, x: functional.hardtanh(m.depthwise(x), 0.0, 6.0), ["relu6"]),
@@ -88,6 +90,18 @@ FUSED: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "relu read twice": (lambda m, x: (y := m.a(x).relu()) * y.mean(), ["relu"]),
     "computed weight": (lambda m, x: functional.conv2d(x, m.a.weight * 2, m.a.bias).relu(), ["relu"]),
     "shared weight": (lambda m, x: m.a(m.a(x).relu()).relu(), ["relu", "relu"]),
+}
+
+# --- what cuDNN's own plans and the depthwise kernel take besides ---
+
+BY_PLANS: dict[str, tuple[Callable[..., Any], list[str]]] = {
+    "bias alone": (lambda m, x: m.a(x).tanh(), ["none"]),
+    "bare sum": (lambda m, x: (m.a(x) + x).tanh(), ["+none"]),
+    "bare sum read twice": (lambda m, x: (y := m.a(x) + x) * y.mean(), ["+none"]),
+    "silu": (lambda m, x: functional.silu(m.a(x)), ["silu"]),
+    "relu6 of a sum": (lambda m, x: functional.relu6(m.a(x) + x), ["+relu6"]),
+    "convolution read twice, by plans": (lambda m, x: (y := m.a(x)).relu() + y, ["none"]),
+    "two convolutions, by plans": (lambda m, x: (m.a(x) + m.b(x)).relu(), ["none", "+relu"]),
 }
 
 # --- and what is not: anything but these sums and activations, or where something else needs what is in between ---
@@ -125,9 +139,11 @@ def block(function: Callable[..., Any]) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("name", [*FUSED, *LEFT])
-def test_convolutions_take_in_what_follows_them_and_nothing_else(name: str) -> None:
-    function, expected = FUSED.get(name) or (LEFT[name], [])
+@pytest.mark.parametrize("name", [*FUSED, *BY_PLANS, *LEFT])
+def test_convolutions_take_in_what_follows_them_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, expected = FUSED.get(name) or BY_PLANS.get(name) or (LEFT[name], [])
+    if name in BY_PLANS:
+        monkeypatch.setattr(convolutions, "_has_plans", lambda conv: True)
     module, x = block(function), images()
     program = lowered(module, x)
     found = activations(program)

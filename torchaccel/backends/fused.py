@@ -65,7 +65,7 @@ class Fused(NativeBackend):
             raise BuildError(f"the rewritten program could not be run ({reasons})")
         chosen = min(engines, key=lambda route: times_ms[route])
         plan.manifest |= {"route": chosen, "routes_ms": times_ms, "routes_failed": failures}
-        plan.library = f"PyTorch {torch.__version__} ({_story(chosen, times_ms, failures)})"
+        plan.library = f"PyTorch {torch.__version__} ({_story(chosen, times_ms, failures, device)})"
         return engines[chosen]
 
 
@@ -113,10 +113,14 @@ def _widened_inputs(program: Program) -> dict[int, int]:
     return {index: wanted[1] for index, (wanted, given) in pairs if given.dim() == 4 and given.shape[1] != wanted[1]}
 
 
-def _story(chosen: str, times_ms: dict[str, float], failures: dict[str, str]) -> str:
-    """Which route serves, and what became of the others."""
+def _story(chosen: str, times_ms: dict[str, float], failures: dict[str, str], device: torch.device) -> str:
+    """Which route serves, what became of the others, and why cuDNN's plans were not timed, if they were not."""
+    from torchaccel.fused import cudnn_plans
+
     others = [f"{route} {time:.3f} ms" for route, time in times_ms.items() if len(times_ms) > 1]
     others += [f"{route} failed: {reason.splitlines()[0]}" for route, reason in failures.items()]
+    if device.type == "cuda" and (reason := cudnn_plans.problem()):
+        others.append(f"without cuDNN's own plans: {reason}")
     return "; ".join([f"{chosen} route", *others])
 
 

@@ -1,6 +1,5 @@
 """The passes for convolutions: what follows them goes into them, and they into the form that runs fastest."""
 
-from collections.abc import Callable
 from dataclasses import replace as with_changes
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import fx
 
 from torchaccel.capture import Program
+from torchaccel.fused import cudnn_plans
 from torchaccel.fused.graph import (
     arguments,
     aten,
@@ -31,11 +31,11 @@ _pad_channels = torch.ops.torchaccel.pad_channels.default
 
 
 def fuse_convolutions(program: Program) -> int:
-    """Convolution + bias [+ residual] + ReLU in one operator; a depthwise one with its activation; one without bias."""
+    """Convolution + bias [+ residual] + ReLU in one operator, as PyTorch has it of cuDNN; one without bias as it is.
+
+    A depthwise one, and any where cuDNN's own plans can be had, takes in a bare sum and other activations too.
+    """
     return sum(_fuse_convolution(program, node) for node in _convolutions(program))
-
-
-_RELUS = (aten.relu.default,)
 
 
 def _convolutions(program: Program) -> list[fx.Node]:
@@ -49,17 +49,22 @@ def _fuse_convolution(program: Program, conv: fx.Node) -> bool:
     if padding is None or value(x).dim() != 4 or not value(x).is_floating_point():
         return False
     depthwise = value(weight).shape[1] == 1 and value(weight).shape[0] == given["groups"]
-    last, residual, activation = _epilogue(conv, _activation if depthwise else _relu)
-    if activation == "none" and not depthwise:
-        if bias is not None:  # left to whoever fuses the bias with what follows
-            return False
-        last, residual = conv, None
+    takes_any = depthwise or _has_plans(conv)
+    last, residual, activation = _epilogue(conv, takes_any)
+    if activation == "none" and bias is not None and not takes_any:  # left to whoever merges it with what follows
+        return False
     if last is not conv and written_between(conv, last):
         return False
     geometry = pair(given["stride"]), padding, pair(given["dilation"]), given["groups"]
     fused = put(program, last, "conv_bias_act", (x, weight, bias, residual, *geometry, activation))
     replace(program, last, fused)
     return True
+
+
+def _has_plans(conv: fx.Node) -> bool:
+    """Whether cuDNN can take any epilogue into a convolution: its graph API is there, for the GPU and the dtype."""
+    x = value(conv.args[0])
+    return x.device.type == "cuda" and x.dtype in cudnn_plans.DTYPES and cudnn_plans.problem() is None
 
 
 def _padding(given: dict[str, Any]) -> list[int] | None:
@@ -72,37 +77,36 @@ def _padding(given: dict[str, Any]) -> list[int] | None:
     return None if any(size % 2 for size in sizes) else [size // 2 for size in sizes]
 
 
-def _epilogue(conv: fx.Node, activation_of: Callable[[fx.Node | None], str]) -> tuple[fx.Node, fx.Node | None, str]:
-    """The last node of convolution [+ residual] + activation, the residual, and the activation."""
+def _epilogue(conv: fx.Node, takes_any: bool) -> tuple[fx.Node, fx.Node | None, str]:
+    """The last node of convolution [+ residual] [+ activation], the residual, and the activation.
+
+    Without `takes_any` only what ends in ReLU counts, which is all that PyTorch has of cuDNN's epilogues.
+    """
+    activation_of = _activation if takes_any else _relu
+    last, residual = conv, None
     following = only_user(conv)
-    if (activation := activation_of(following)) != "none":
-        assert following is not None
-        return following, None, activation
-    residual = _added(following, conv)
-    if following is not None and residual is not None:
-        act = only_user(following)
-        if (activation := activation_of(act)) != "none":
-            assert act is not None
-            return act, residual, activation
-    return conv, None, "none"
+    if following is not None and (added := _added(following, conv)) is not None:
+        last, residual = following, added
+    act = only_user(last)
+    if act is not None and (activation := activation_of(act)) != "none":
+        return act, residual, activation
+    return (last, residual, "none") if takes_any else (conv, None, "none")
 
 
-def _added(add: fx.Node | None, conv: fx.Node) -> fx.Node | None:
+def _added(add: fx.Node, conv: fx.Node) -> fx.Node | None:
     """What an addition adds to a convolution's result, if it is a tensor of the same shape and nothing is scaled."""
-    if add is None or add.target is not aten.add.Tensor or arguments(add)["alpha"] != 1:
+    if add.target is not aten.add.Tensor or arguments(add)["alpha"] != 1:
         return None
     given = arguments(add)
     other = given["other"] if given["self"] is conv else given["self"]
     return other if is_tensor(other) and other is not conv and same_shape(other, conv) else None
 
 
-def _relu(node: fx.Node | None) -> str:
-    return "relu" if node is not None and node.target in _RELUS else "none"
+def _relu(node: fx.Node) -> str:
+    return "relu" if node.target is aten.relu.default else "none"
 
 
-def _activation(node: fx.Node | None) -> str:
-    if node is None:
-        return "none"
+def _activation(node: fx.Node) -> str:
     names: dict[Any, str] = {
         aten.relu6.default: "relu6",
         aten.silu.default: "silu",

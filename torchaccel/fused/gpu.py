@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchaccel.fused import triton_kernels
+from torchaccel.fused import cudnn_plans, triton_kernels
 from torchaccel.fused.choice import Run, choose
 from torchaccel.fused.reference import ACTIVATIONS, REFERENCE
 
@@ -40,6 +40,8 @@ def conv_bias_act(
         candidates["triton"] = functools.partial(_triton_depthwise, x, weight, bias, residual, *geometry, activation)
     if tuple(weight.shape[2:]) == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1)) and groups == 1:
         candidates["matmul"] = functools.partial(_matmul_conv, x, weight, bias, residual, activation)
+    if cudnn_plans.takes(x, activation):
+        candidates["plan"] = functools.partial(_planned_conv, x, weight, bias, residual, *geometry, groups, activation)
     present = bias is not None, residual is not None
     problem = ("conv", _key(x), _key(weight), present, geometry, groups, activation, _tf32(x))
     return candidates[choose(problem, candidates)]()
@@ -79,6 +81,40 @@ def _cudnn_conv(
         else:
             y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
     return _channels_last(y)
+
+
+def _planned_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
+) -> torch.Tensor:
+    """By the fastest of cuDNN's plans; they are timed the first time, and `choose` runs nothing new in a capture."""
+    size = _out_size(x, weight.shape[2:], stride, padding, dilation)
+    problem = cudnn_plans.Problem(
+        tuple(x.shape),
+        tuple(weight.shape),
+        (x.shape[0], weight.shape[0], *size),
+        stride,
+        padding,
+        dilation,
+        bias is not None,
+        residual is not None,
+        activation,
+        x.dtype,
+        x.device,
+    )
+    tensors = x, _channels_last(weight), bias, residual
+    arguments = x, weight, bias, residual, stride, padding, dilation, groups, activation
+    plan = cudnn_plans.best_plan(problem, lambda plan: plan(*tensors), lambda: _aten_conv(*arguments))
+    if plan is None:
+        raise RuntimeError(f"cuDNN has no plan for {problem}")
+    return plan(*tensors)
 
 
 def _triton_depthwise(
