@@ -26,6 +26,7 @@ def max_pool() -> None:
         (batch(1, 33, 6, 8), (2, 3), (1, 2), (0, 1), (2, 1), False),
         (batch(2, 3, 8, 8), (3, 3), (2, 2), (0, 0), (1, 1), True),
         (batch(3, 130, 3, 3), (3, 3), (1, 1), (1, 1), (1, 1), False),
+        (batch(1, 4, 9, 9), (8, 8), (1, 1), (4, 4), (1, 1), False),
         (batch(1, 4, 5, 5) * float("-inf"), (2, 2), (2, 2), (0, 0), (1, 1), False),
         (torch.full((1, 4, 5, 5), float("-inf")), (2, 2), (2, 2), (0, 0), (1, 1), False),
     ]
@@ -51,6 +52,7 @@ def pad_channels() -> None:
 def depthwise() -> None:
     geometries = [
         (batch(2, 6, 8, 9), (3, 3), (1, 1), (1, 1), (1, 1)),
+        (batch(1, 4, 8, 8), (9, 6), (1, 1), (4, 3), (1, 1)),
         (batch(1, 70, 7, 7), (5, 3), (2, 1), (2, 0), (1, 2)),
     ]
     for (x, kernel, *geometry), activation in itertools.product(geometries, ACTIVATIONS):

@@ -1,4 +1,4 @@
-"""cuDNN's plans, as far as they go without a GPU: what is asked of cuDNN is valid; where it is missing, that is said."""
+"""cuDNN's plans, as far as they go without a GPU: what it is asked for is valid; where it is missing that is said."""
 
 import itertools
 from dataclasses import replace

@@ -1,11 +1,12 @@
 """Choosing among kernels that compute the same, by timing them: once for each problem in a process."""
 
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 
 import torch
-
-from torchaccel.memory import is_out_of_memory
 
 Run = Callable[[], torch.Tensor]
 
@@ -14,7 +15,9 @@ RUNS_IN_A_GRAPH, REPLAYS = 8, 5
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 5e-3, torch.float64: 1e-9}
 
 _chosen: dict[Hashable, str] = {}
+_failures: Counter[tuple[str, str]] = Counter()
 _times_ms: dict[Hashable, dict[str, float]] = {}
+_streams: dict[torch.device, torch.cuda.Stream] = {}  # one for each device: cuBLAS keeps a workspace for every stream
 _lock = threading.Lock()
 
 
@@ -38,26 +41,29 @@ def choose(problem: Hashable, candidates: Mapping[str, Run]) -> str:
         return _chosen[problem]
 
 
+def failures() -> Counter[tuple[str, str]]:
+    """How often which candidate raised what, for whoever wonders why it was not chosen."""
+    return Counter(_failures)
+
+
 def times_ms() -> dict[Hashable, dict[str, float]]:
     """What was timed so far: for each problem the milliseconds of each candidate that was not out."""
     return dict(_times_ms)
 
 
 def _race(candidates: Mapping[str, Run]) -> dict[str, float]:
-    times: dict[str, float] = {}
-    expected: torch.Tensor | None = None
-    for name, run in candidates.items():
+    """The milliseconds of every candidate that works and is right."""
+    (name, run), *others = candidates.items()
+    expected = run()
+    times = {name: graph_ms(run, expected.device)}
+    for name, run in others:
         try:
-            result = run()
-            if expected is None:
-                expected = result
-            elif not _agree(result, expected):
-                continue
-            del result
-            times[name] = graph_ms(run, expected.device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a kernel that cannot take the problem says why before it raises
+                if _agree(run(), expected):
+                    times[name] = graph_ms(run, expected.device)
         except RuntimeError as error:
-            if expected is None or is_out_of_memory(error):
-                raise
+            _failures[name, str(error).partition("\n")[0]] += 1
     return times
 
 
@@ -71,7 +77,7 @@ def _agree(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def graph_ms(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of one run on a GPU, without what launching costs the host: the best of some replays of a graph."""
-    side = torch.cuda.Stream(device)
+    side = _streams.setdefault(device, torch.cuda.Stream(device))
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(side):
         for _ in range(2):
@@ -82,8 +88,11 @@ def graph_ms(run: Callable[[], object], device: torch.device) -> float:
         try:
             for _ in range(RUNS_IN_A_GRAPH):
                 run()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it says only that what was captured is of no use
+                graph.capture_end()
+            raise
+        graph.capture_end()
         graph.replay()
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
         for start, end in events:

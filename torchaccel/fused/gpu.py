@@ -166,7 +166,12 @@ def max_pool2d(
     if x.dtype not in _TRITON_DTYPES or x.numel() == 0:
         return REFERENCE["max_pool2d"](x, *geometry, ceil_mode)
     size = functional.max_pool2d(x[:1, :1].to("meta"), *geometry, ceil_mode).shape[2:]
-    return triton_kernels.max_pool(x, _empty(x, (*x.shape[:2], *size)), *geometry)
+    shape = (*x.shape[:2], *size)
+    candidates: dict[str, Run] = {
+        "aten": functools.partial(REFERENCE["max_pool2d"], x, *geometry, ceil_mode),
+        "triton": lambda: triton_kernels.max_pool(x, _empty(x, shape), *geometry),
+    }
+    return candidates[choose(("max_pool", (_key(x),), geometry, ceil_mode), candidates)]()
 
 
 def mean_pixels(x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +179,11 @@ def mean_pixels(x: torch.Tensor) -> torch.Tensor:
     x = _channels_last(x)
     if x.dtype not in _TRITON_DTYPES or x.numel() == 0:
         return REFERENCE["mean_pixels"](x)
-    return triton_kernels.mean_pixels(x, x.new_empty(x.shape[:2]))
+    candidates: dict[str, Run] = {
+        "aten": functools.partial(REFERENCE["mean_pixels"], x),
+        "triton": lambda: triton_kernels.mean_pixels(x, x.new_empty(x.shape[:2])),
+    }
+    return candidates[choose(("mean", (_key(x),)), candidates)]()
 
 
 def pad_channels(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -188,7 +197,6 @@ _ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
 }
 
 

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 2048  # elements of a tile, and so four to sixteen for each thread
-_ALL = tl.PropagateNan.ALL
+# Elements of a tile: up to sixteen for each thread, fewer where there would be too few programs to fill a GPU.
+_TILE_MOST, _TILE_LEAST, _PROGRAMS = 2048, 256, 264
+_UNROLLED = 49  # windows up to 7×7 are written out, so that their loads are under way together
 
 
 @triton.jit
@@ -33,28 +34,38 @@ def _activate(value, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _max_with(best, x, n, h, w, c, inside, C, H, W):
+    valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    place = ((n * H + h) * W + w).to(tl.int64) * C + c
+    value = tl.load(x + place, mask=valid, other=float("-inf")).to(tl.float32)
+    return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _max_pool(
     x, y, pixels, C, H, W, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NAN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (p < pixels) & (c < C)
-    ow, oh, n = p % OW, (p // OW) % OH, p // (OW * OH)
+    left, top, n = (p % OW) * SW - PW, ((p // OW) % OH) * SH - PH, p // (OW * OH)
     best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
-    for kh in range(KH):
-        for kw in range(KW):
-            h, w = oh * SH - PH + kh * DH, ow * SW - PW + kw * DW
-            valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            value = tl.load(x + ((n * H + h) * W + w) * C + c, mask=valid, other=float("-inf")).to(tl.float32)
-            best = tl.maximum(best, value, propagate_nan=NAN)
-    tl.store(y + p * C + c, best.to(y.dtype.element_ty), mask=inside)
+    if UNROLL:
+        for kh in tl.static_range(KH):
+            for kw in tl.static_range(KW):
+                best = _max_with(best, x, n, top + kh * DH, left + kw * DW, c, inside, C, H, W)
+    else:
+        for kh in range(KH):
+            for kw in range(KW):
+                best = _max_with(best, x, n, top + kh * DH, left + kw * DW, c, inside, C, H, W)
+    tl.store(y + p.to(tl.int64) * C + c, best.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _mean_pixels(x, y, C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _mean_pixels(x, y, C, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -70,13 +81,20 @@ def _pad_channels(
     x, y, pixels, C, H, W, stride_n, stride_c, stride_h, stride_w,
     PADDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
-    w, h, n = p % W, (p // W) % H, p // (W * H)
-    value = tl.load(
-        x + n * stride_n + c * stride_c + h * stride_h + w * stride_w, mask=(p < pixels) & (c < C), other=0.0
-    )
-    tl.store(y + p * PADDED + c, value.to(y.dtype.element_ty), mask=(p < pixels) & (c < PADDED))
+    w, h, n = p % W, (p // W) % H, (p // (W * H)).to(tl.int64)
+    place = n * stride_n + c * stride_c + h * stride_h + w * stride_w
+    value = tl.load(x + place, mask=(p < pixels) & (c < C), other=0.0)
+    tl.store(y + p.to(tl.int64) * PADDED + c, value.to(y.dtype.element_ty), mask=(p < pixels) & (c < PADDED))
+
+
+@triton.jit
+def _sum_with(total, x, weight, n, h, w, c, inside, C, H, W):
+    valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    place = ((n * H + h) * W + w).to(tl.int64) * C + c
+    value = tl.load(x + place, mask=valid, other=0.0).to(tl.float32)
+    return total + value * tl.load(weight, mask=c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -85,25 +103,29 @@ def _depthwise(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (p < pixels) & (c < C)
-    ow, oh, n = p % OW, (p // OW) % OH, p // (OW * OH)
+    left, top, n = (p % OW) * SW - PW, ((p // OW) % OH) * SH - PH, p // (OW * OH)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for kh in range(KH):
-        for kw in range(KW):
-            h, w = oh * SH - PH + kh * DH, ow * SW - PW + kw * DW
-            valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            value = tl.load(x + ((n * H + h) * W + w) * C + c, mask=valid, other=0.0).to(tl.float32)
-            factor = tl.load(weight + c * weight_c + kh * weight_h + kw * weight_w, mask=c < C, other=0.0)
-            total += value * factor.to(tl.float32)
+    if UNROLL:
+        for kh in tl.static_range(KH):
+            for kw in tl.static_range(KW):
+                factor = weight + c * weight_c + kh * weight_h + kw * weight_w
+                total = _sum_with(total, x, factor, n, top + kh * DH, left + kw * DW, c, inside, C, H, W)
+    else:
+        for kh in range(KH):
+            for kw in range(KW):
+                factor = weight + c * weight_c + kh * weight_h + kw * weight_w
+                total = _sum_with(total, x, factor, n, top + kh * DH, left + kw * DW, c, inside, C, H, W)
     if BIAS:
         total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    place = p.to(tl.int64) * C + c
     if RESIDUAL:
-        total += tl.load(residual + p * C + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + p * C + c, _activate(total, ACTIVATION).to(y.dtype.element_ty), mask=inside)
+        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, _activate(total, ACTIVATION).to(y.dtype.element_ty), mask=inside)
 
 
 def max_pool(
@@ -119,7 +141,7 @@ def max_pool(
     grid, block = _tiles(y)
     _max_pool[grid](
         x, y, y.numel() // channels, channels, height, width, out_height, out_width,
-        *kernel, *stride, *padding, *dilation, *block, NAN=_ALL,
+        *kernel, *stride, *padding, *dilation, *block, UNROLL=kernel[0] * kernel[1] <= _UNROLLED,
     )  # fmt: skip
     return y
 
@@ -164,7 +186,7 @@ def depthwise(
         x, weight, bias, residual, y, y.numel() // channels, channels, height, width, out_height, out_width,
         weight_c, weight_h, weight_w, weight.shape[2], weight.shape[3], *stride, *padding, *dilation,
         BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation,
-        BLOCK_P=block_p, BLOCK_C=block_c,
+        BLOCK_P=block_p, BLOCK_C=block_c, UNROLL=weight.shape[2] * weight.shape[3] <= _UNROLLED,
     )  # fmt: skip
     return y
 
@@ -172,6 +194,10 @@ def depthwise(
 def _tiles(y: torch.Tensor) -> tuple[tuple[Any, ...], tuple[int, int]]:
     """The grid over pixels and channels of an output, and the tile of one program."""
     channels = y.shape[1]
+    pixels = y.numel() // channels
     block_c = min(64, triton.next_power_of_2(channels))
-    block_p = _TILE // block_c
-    return (triton.cdiv(y.numel() // channels, block_p), triton.cdiv(channels, block_c)), (block_p, block_c)
+    tile, blocks = _TILE_MOST, triton.cdiv(channels, block_c)
+    while tile > _TILE_LEAST and triton.cdiv(pixels * block_c, tile) * blocks < _PROGRAMS:
+        tile //= 2
+    block_p = tile // block_c
+    return (triton.cdiv(pixels, block_p), blocks), (block_p, block_c)
