@@ -263,6 +263,17 @@ def test_an_engine_pads_what_is_not_in_its_own_buffer() -> None:
     assert torch.equal(engine(x * 2)[0], engine(buffer)[0])
 
 
+def test_depthwise_weights_have_their_channels_innermost_by_rule() -> None:
+    module, x = block(lambda m, x: m.grouped(m.depthwise(x)).relu()), images()
+    program = lowered(module, x)
+    (rule,) = [rule for rule in program.rules.values() if rule.channels_innermost]
+    weight = rule.compute(dict(module.named_parameters()))
+    assert rule.sources == ("depthwise.weight",)
+    assert weight.stride() == (1, 72, 24, 8)
+    assert torch.equal(weight, module.depthwise.weight)
+    check(program, module, x)
+
+
 @pytest.mark.parametrize(
     ("layer", "taken"),
     [

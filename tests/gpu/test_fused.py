@@ -89,6 +89,38 @@ def test_every_kernel_of_a_convolution_ignores_what_its_output_s_memory_held(wit
         del y
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_cudnn_s_own_plans_are_found_right_and_can_be_captured(name: str) -> None:
+    from torchaccel.fused import cudnn_plans, gpu, reference
+
+    if reason := cudnn_plans.problem():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    shape, weight_shape, (*geometry, groups) = CONVOLUTIONS[name]
+    x, weight, bias = batch(*shape), batch(*weight_shape) * 0.1, torch.randn(weight_shape[0], device="cuda").half()
+    strides = [tuple(pair) for pair in geometry]
+    for activation, with_residual in (("relu", True), ("relu", False), ("none", True), ("silu", False)):
+        plain = functional.conv2d(x, weight, None, *geometry, groups)
+        residual = batch(*plain.shape) if with_residual else None
+        doubles = [None if t is None else t.double() for t in (x, weight, bias, residual)]
+        expected = reference.conv_bias_act(*doubles, *geometry, groups, activation)
+        arguments = x, weight, bias, residual, *strides, groups, activation
+        try:
+            result = gpu._planned_conv(*arguments)
+        except RuntimeError as error:
+            print(f"{name}, {activation}, residual {with_residual}: {error}")
+            assert "cuDNN has no plan" in str(error)
+            assert name in ("odd", "three channels", "groups", "depthwise", "depthwise 7x7")
+            continue
+        assert apart(result, expected) < BOUNDS[torch.float16]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gpu._planned_conv(*arguments)
+        poison(captured, captured.dtype)
+        graph.replay()
+        assert torch.equal(captured, result)
+
+
 def poison(like: torch.Tensor, dtype: torch.dtype) -> None:
     """Leave NaN in the memory that the next tensor of this size is given."""
     poisoned = [torch.full(like.shape, float("nan"), dtype=dtype, device="cuda") for _ in range(4)]
@@ -207,6 +239,7 @@ class Functional(nn.Module):
 
 
 def test_a_functional_network_runs_the_same_kernels() -> None:
+    torch.manual_seed(0)
     model = torchaccel.compile(Functional().cuda(), "fp16", backend="fused")
     x = torch.randn(2, 3, 64, 64, device="cuda")
     with torch.inference_mode():

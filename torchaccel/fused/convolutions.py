@@ -163,6 +163,19 @@ def pad_first_channels(program: Program) -> int:
     return done
 
 
+def lay_out_depthwise(program: Program) -> int:
+    """Store depthwise weights as [height, width, channels], so that a thread reads those of its channels at once."""
+    done, names = 0, weights(program)
+    for conv in calls(program.exported.graph, _conv_bias_act):
+        weight = conv.args[1]
+        if not is_tensor(weight) or weight not in names or len(weight.users) > 1:
+            continue
+        if value(weight).shape[1] == 1 and value(weight).shape[0] == arguments(conv)["groups"]:
+            program.rules[names[weight]] = with_changes(program.rules[names[weight]], channels_innermost=True)
+            done += 1
+    return done
+
+
 def take_patches(program: Program) -> int:
     """A convolution whose windows neither overlap nor leave gaps (ViT's patches) as one matrix product."""
     done = 0

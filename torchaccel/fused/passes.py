@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchaccel.capture import Program
-from torchaccel.fused.convolutions import fuse_convolutions, merge_residual_bias, pad_first_channels, take_patches
+from torchaccel.fused.convolutions import (
+    fuse_convolutions,
+    lay_out_depthwise,
+    merge_residual_bias,
+    pad_first_channels,
+    take_patches,
+)
 from torchaccel.fused.graph import (
     arguments,
     aten,
@@ -168,6 +174,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_convolutions,
     merge_residual_bias,
     pad_first_channels,
+    lay_out_depthwise,
     replace_max_pools,
     replace_means,
     choose_attention,
