@@ -1,6 +1,7 @@
 """The operators on a GPU: for each problem the fastest of PyTorch's, cuDNN's and Triton's kernels."""
 
 import functools
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -262,13 +263,20 @@ def _out_size(x: torch.Tensor, kernel: Sequence[int], *geometry: tuple[int, int]
     ]
 
 
+_cudnn_flags = threading.RLock()
+
+
 @contextmanager
 def _cudnn_timed() -> Iterator[None]:
-    """Let cuDNN time its plans for a problem that it sees for the first time, instead of trusting its heuristic."""
+    """Let cuDNN time its plans for a problem that it sees for the first time, instead of trusting its heuristic.
+
+    Only those that give the same bits at every run. The flags are the process's: one thread at a time changes them.
+    """
     cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.benchmark_limit
-    try:
-        cudnn.benchmark, cudnn.benchmark_limit = True, 0
-        yield
-    finally:
-        cudnn.benchmark, cudnn.benchmark_limit = before
+    with _cudnn_flags:
+        before = cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic
+        try:
+            cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic = True, 0, True
+            yield
+        finally:
+            cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic = before
