@@ -230,7 +230,7 @@ NASTY: list[Any] = [
     torch.tensor(1),
     torch.tensor(2.5),
     np.array([1, 2]),
-    np.array(["fused", "eager"]),
+    np.array(["fastest", "eager"]),
     np.float64(0.5),
     float("nan"),
     "",

@@ -164,6 +164,7 @@ class Builder:
         options, record = self.options, built.record
         with _timed(record, "load_ms"), _running(built.backend):
             runner = built.runner(tensors, pool, options.cuda_graph)
+        record.library = built.plan.library
         _measure_outside(record, runner)
         with _timed(record, "gate_ms"):
             if options.dynamic_batch is None:

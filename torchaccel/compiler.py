@@ -12,6 +12,7 @@ from torch import nn
 
 from torchaccel.backends.base import Backend
 from torchaccel.backends.eager import Eager
+from torchaccel.backends.fused import Fused
 from torchaccel.backends.inductor import Inductor
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
@@ -29,7 +30,8 @@ from torchaccel.state import State, describe_device, module_device
 from torchaccel.streaming import read_batch
 from torchaccel.weights import WeightStore
 
-BACKENDS: dict[str, Backend] = {row.name: row for row in (TorchTensorRT(), OnnxTensorRT(), Inductor(), Eager())}
+_ALL: tuple[Backend, ...] = (TorchTensorRT(), OnnxTensorRT(), Fused(), Inductor(), Eager())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 AUTO = ("torch_tensorrt", "inductor", "eager")  # what "auto" means, best first
 FIELD = (*BACKENDS.values(), Inductor(autotune=True))  # who takes part in a race, the slowest to build last
 
@@ -65,8 +67,8 @@ def compile(
         precision: what engines compute in: "fp32" (IEEE), "tf32", "fp16" or "bf16".
         inputs: a batch to build for at once: a tensor, a tuple of arguments or a dict of keyword arguments.
         backend: "auto" (Torch-TensorRT where it is usable, else the best PyTorch-native one, with a warning),
-            "torch_tensorrt", "onnx_tensorrt", "inductor" or "eager"; a named one runs or raises. "fastest" builds and
-            checks them all, times the survivors side by side for each signature, and keeps the fastest.
+            "torch_tensorrt", "onnx_tensorrt", "fused", "inductor" or "eager"; a named one runs or raises. "fastest"
+            builds and checks them all, times the survivors side by side for each signature, and keeps the fastest.
         fallback: the backend to try after a failed build or gate; None raises.
         dynamic_batch: (min, opt, max): one engine for all batch sizes in that range, at its best at opt.
         device: where to run; None takes the module's GPU, else the current one, else the CPU.
@@ -269,7 +271,7 @@ def backends() -> tuple[BackendRow, ...]:
     """The table of backends, each available on this machine or with the reason that it is not.
 
     >>> [row.name for row in backends()]
-    ['torch_tensorrt', 'onnx_tensorrt', 'inductor', 'eager']
+    ['torch_tensorrt', 'onnx_tensorrt', 'fused', 'inductor', 'eager']
     """
     problems = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     return tuple(BackendRow(name, problem is None, problem or "") for name, problem in problems.items())

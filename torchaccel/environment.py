@@ -200,6 +200,15 @@ def c_compiler() -> str | None:
     return shutil.which(chosen[0]) if chosen else shutil.which("gcc") or shutil.which("clang")
 
 
+def triton_problem() -> str | None:
+    """Why Triton cannot compile kernels for the GPU here; None where it can, or where there is no GPU."""
+    if not gpus():
+        return None
+    if problem := import_problem("triton"):
+        return problem
+    return None if c_compiler() else "Triton needs a C compiler: install gcc, or set CC"
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Drop what Python, logging and native code print meanwhile."""

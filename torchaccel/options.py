@@ -12,7 +12,7 @@ import torch
 from torchaccel.errors import OptionError
 from torchaccel.precision import PRECISIONS
 
-BACKENDS = ("torch_tensorrt", "onnx_tensorrt", "inductor", "eager")
+BACKENDS = ("torch_tensorrt", "onnx_tensorrt", "fused", "inductor", "eager")
 ON_WEIGHT_CHANGE = ("refresh", "raise", "ignore")
 CHECK_WEIGHTS_EVERY = 1000  # a look takes the host about a millisecond: a microsecond a call
 OBJECTIVES = ("latency", "throughput", "stream")

@@ -124,7 +124,7 @@ class Runner:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[torch.Tensor, ...] = ()
         with torch.inference_mode(False):
-            self._inputs = tuple(_laid_out(example, engine.channels_last) for example in examples)
+            self._inputs = tuple(engine.input_buffer(index, example) for index, example in enumerate(examples))
         if not self._is_cuda:
             self.record.why_no_graph = "CUDA graphs need a GPU"
         elif not cuda_graph:
@@ -287,11 +287,6 @@ def to_host(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def _own(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A contiguous copy in the dtype that the module would return: no later call changes it."""
     return result.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _laid_out(example: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    layout = torch.channels_last if channels_last and example.dim() == 4 else torch.contiguous_format
-    return example.detach().clone(memory_format=layout)
 
 
 def _size_bytes(tensor: torch.Tensor) -> int:

@@ -16,7 +16,9 @@ class WeightRule:
 
     `dtype` is None where the tensor keeps its own (integers, modules kept in fp32). A source may be None where the
     function has a default for it: a convolution without bias, a BatchNorm without affine parameters.
-    `channels_last` lays out four-dimensional weights so.
+    `channels_last` lays out four-dimensional weights so, `channels_innermost` puts the first dimension innermost in
+    memory, for depthwise kernels, and `input_channels` pads a convolution's weight with zeros to so many. `parts` are
+    the rules whose values the function "sum" adds up.
     """
 
     sources: tuple[str | None, ...]
@@ -24,13 +26,27 @@ class WeightRule:
     dtype: torch.dtype | None = None
     epsilon: float = 0.0
     channels_last: bool = False
+    input_channels: int = 0
+    channels_innermost: bool = False
+    parts: tuple["WeightRule", ...] = ()
 
     def compute(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight, a new tensor on the module's device."""
-        given = [None if name is None else tensors[name].detach() for name in self.sources]
-        value = _FUNCTIONS[self.function](*given, epsilon=self.epsilon)
+        value = self._value(tensors)
+        if missing := max(0, self.input_channels - value.shape[1]) if self.input_channels else 0:
+            value = torch.nn.functional.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
+        if self.channels_innermost:
+            innermost = value.movedim(0, -1).to(self.dtype or value.dtype, copy=True)
+            return innermost.contiguous().movedim(-1, 0)
         layout = torch.channels_last if self.channels_last and value.dim() == 4 else torch.contiguous_format
         return value.to(self.dtype or value.dtype, memory_format=layout, copy=True)
+
+    def _value(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the function gives, before it is rounded and laid out."""
+        if self.function == "sum":
+            return torch.stack([part._value(tensors).double() for part in self.parts]).sum(0)
+        given = [None if name is None else tensors[name].detach() for name in self.sources]
+        return _FUNCTIONS[self.function](*given, epsilon=self.epsilon)
 
 
 def _cast(tensor: torch.Tensor, *, epsilon: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torchaccel.compiler import BACKENDS
 from torchaccel.precision import PRECISIONS
 
 TENSORRT = ("torch_tensorrt", "onnx_tensorrt")
-ALL = (*TENSORRT, "inductor", "eager")
+ALL = (*TENSORRT, "fused", "inductor", "eager")
 
 
 @functools.cache

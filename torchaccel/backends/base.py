@@ -52,6 +52,14 @@ class Engine(ABC):
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run it."""
 
+    def input_buffer(self, index: int, example: torch.Tensor) -> torch.Tensor:
+        """A copy of an example of its input `index`, laid out as it reads it fastest: a runner's static buffer."""
+        return example.detach().clone(memory_format=self.layout(example))
+
+    def layout(self, tensor: torch.Tensor) -> torch.memory_format:
+        """The memory format in which it takes a tensor of that many dimensions."""
+        return torch.channels_last if self.channels_last and tensor.dim() == 4 else torch.contiguous_format
+
     def another(self) -> "Engine":
         """An engine for one more runner, on the same weights; itself, where runners do not disturb each other."""
         return self

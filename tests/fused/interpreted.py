@@ -1,0 +1,79 @@
+"""Run by `test_triton_kernels.py` in a process of its own, under TRITON_INTERPRET=1: the kernels against PyTorch."""
+
+import itertools
+import traceback
+
+import torch
+from torch.nn import functional
+
+from torchaccel.fused import triton_kernels as kernels
+from torchaccel.fused.reference import ACTIVATIONS, conv_bias_act
+
+LAST = torch.channels_last
+
+
+def batch(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(memory_format=LAST)
+
+
+def like(y: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(y, float("nan"), memory_format=LAST)
+
+
+def max_pool() -> None:
+    cases = [
+        (batch(2, 5, 9, 7), (3, 3), (2, 2), (1, 1), (1, 1), False),
+        (batch(1, 33, 6, 8), (2, 3), (1, 2), (0, 1), (2, 1), False),
+        (batch(2, 3, 8, 8), (3, 3), (2, 2), (0, 0), (1, 1), True),
+        (batch(3, 130, 3, 3), (3, 3), (1, 1), (1, 1), (1, 1), False),
+        (batch(1, 4, 9, 9), (8, 8), (1, 1), (4, 4), (1, 1), False),
+        (batch(1, 4, 5, 5) * float("-inf"), (2, 2), (2, 2), (0, 0), (1, 1), False),
+        (torch.full((1, 4, 5, 5), float("-inf")), (2, 2), (2, 2), (0, 0), (1, 1), False),
+    ]
+    for x, *geometry, ceil_mode in cases:
+        expected = functional.max_pool2d(x, *geometry, ceil_mode=ceil_mode)
+        result = kernels.max_pool(x.to(memory_format=LAST), like(expected), *geometry)
+        assert torch.equal(result.isnan(), expected.isnan()), geometry
+        assert torch.equal(result.nan_to_num(), expected.nan_to_num()), geometry
+
+
+def mean_pixels() -> None:
+    for shape in ((2, 5, 7, 7), (1, 70, 9, 11), (3, 32, 1, 1)):
+        x = batch(*shape)
+        torch.testing.assert_close(kernels.mean_pixels(x, x.new_empty(shape[:2])), x.mean((2, 3)))
+
+
+def pad_channels() -> None:
+    for x in (torch.randn(2, 3, 5, 7), batch(2, 3, 5, 7), torch.randn(2, 9, 5, 7)[:, ::3]):
+        expected = functional.pad(x, (0, 0, 0, 0, 0, 1))
+        assert torch.equal(kernels.pad_channels(x, like(expected)), expected)
+
+
+def depthwise() -> None:
+    geometries = [
+        (batch(2, 6, 8, 9), (3, 3), (1, 1), (1, 1), (1, 1)),
+        (batch(1, 4, 8, 8), (9, 6), (1, 1), (4, 3), (1, 1)),
+        (batch(1, 70, 7, 7), (5, 3), (2, 1), (2, 0), (1, 2)),
+    ]
+    for (x, kernel, *geometry), activation in itertools.product(geometries, ACTIVATIONS):
+        channels = x.shape[1]
+        for layout, has_bias, has_residual in ((LAST, True, False), (torch.contiguous_format, False, True)):
+            weight = torch.randn(channels, 1, *kernel).to(memory_format=layout)
+            weight = weight if has_bias else weight.movedim(0, -1).contiguous().movedim(-1, 0)
+            plain = conv_bias_act(x, weight, None, None, *geometry, channels, "none")
+            bias = torch.randn(channels) if has_bias else None
+            residual = batch(*plain.shape) if has_residual else None
+            expected = conv_bias_act(x, weight, bias, residual, *geometry, channels, activation)
+            result = kernels.depthwise(x, weight, bias, residual, like(plain), *geometry, activation)
+            torch.testing.assert_close(result, expected)
+
+
+if __name__ == "__main__":
+    for kernel in (max_pool, mean_pixels, pad_channels, depthwise):
+        torch.manual_seed(0)
+        try:
+            kernel()
+        except Exception:  # noqa: BLE001 - whatever it was, the other kernels are run too
+            traceback.print_exc()
+        else:
+            print("right:", kernel.__name__)

@@ -1,0 +1,260 @@
+"""cuDNN's convolutions with their epilogue, each by the fastest of its plans, where cuDNN's graph API is there.
+
+PyTorch takes the first plan of cuDNN's heuristic; there are 25 to 80 for each layer, and the best of them takes as
+little as a tenth of the time. The API is that of the package nvidia-cudnn-frontend, which is optional; it is made for
+tensors of fp16 and bf16 with sums in fp32.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchaccel.environment import import_problem
+from torchaccel.fused.choice import graph_ms
+from torchaccel.memory import is_out_of_memory
+
+MAX_WORKSPACE_BYTES = 256 << 20
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
+DTYPES = (torch.float16, torch.bfloat16)
+# One run that takes this much longer than the best so far is not looked at any further.
+_HOPELESS, _LAUNCH_MS = 2.0, 0.05
+_X, _WEIGHT, _BIAS, _RESIDUAL, _Y = range(1, 6)
+
+_handles: dict[torch.device, int] = {}
+_plans: dict[Hashable, "Plan | None"] = {}
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution with what follows it: all that its plans depend on. Every tensor is channels-last."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    y: tuple[int, ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    bias: bool
+    residual: bool
+    activation: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why plans cannot be chosen here; None where they can."""
+    if reason := import_problem("cudnn"):
+        return f"{reason} (pip install nvidia-cudnn-frontend)" if "not installed" in reason else reason
+    import cudnn
+
+    if not hasattr(cudnn, "pygraph"):
+        return "`import cudnn` gives another package than nvidia-cudnn-frontend's"
+    theirs, own = cudnn.backend_version(), torch.backends.cudnn.version()
+    return None if theirs == own else f"nvidia-cudnn-frontend has loaded cuDNN {theirs}, and PyTorch has {own}"
+
+
+class Plan:
+    """One execution plan; called with the tensors of its problem, it can be captured in a CUDA graph."""
+
+    def __init__(self, problem: Problem, graph: Any, index: int) -> None:
+        self._problem, self._graph, self._index = problem, graph, index
+        self._workspace_bytes = max(1, graph.get_workspace_size_plan_at_index(index))
+        self.name = graph.get_plan_name_at_index(index)
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The convolution's result, a new channels-last tensor."""
+        y = torch.empty(self._problem.y, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=x.device)
+        given = {_X: x, _WEIGHT: weight, _BIAS: bias, _RESIDUAL: residual, _Y: y}
+        tensors = {uid: _aligned(tensor) for uid, tensor in given.items() if tensor is not None}
+        pointers = {uid: tensor.data_ptr() for uid, tensor in tensors.items()}
+        with _lock:
+            handle = _handle(x.device)
+            self._graph.execute_plan_at_index(pointers, workspace.data_ptr(), self._index, handle)
+        return y
+
+
+def best_plan(
+    problem_: Problem, example: Callable[[Plan], torch.Tensor], expected: Callable[[], torch.Tensor]
+) -> Plan | None:
+    """The fastest plan for a problem, remembered for the process; None where cuDNN has none.
+
+    `example` runs a plan on tensors of the problem, for which it must give what `expected` does.
+    """
+    with _lock:
+        if problem_ not in _plans:
+            _plans[problem_] = _search(problem_, example, expected())
+        return _plans[problem_]
+
+
+def takes(x: torch.Tensor, activation: str) -> bool:
+    """Whether there may be plans for such an input and activation."""
+    return x.dtype in DTYPES and activation in ACTIVATIONS and x.numel() > 0 and problem() is None
+
+
+def _search(problem_: Problem, example: Callable[[Plan], torch.Tensor], expected: torch.Tensor) -> Plan | None:
+    best: tuple[float, int, str] | None = None
+    try:
+        graph = _graph(problem_)
+    except _errors():
+        return None
+    for plan in _built(problem_, graph):
+        try:
+            time = _plan_ms(functools.partial(example, plan), expected, best[0] if best else None)
+        except _errors() as error:
+            if is_out_of_memory(error):
+                raise
+            continue
+        if time is not None and (best is None or time < best[0]):
+            best = time, plan._index, plan.name
+    if best is None:
+        return None
+    return _alone(problem_, graph, best)
+
+
+def _plan_ms(run: Callable[[], torch.Tensor], expected: torch.Tensor, best_ms: float | None) -> float | None:
+    """Milliseconds of a plan; None where it is wrong, or so slow that two runs are enough to tell."""
+    device = expected.device
+    roughly = min(_one_run_ms(run, device), _one_run_ms(run, device))
+    if best_ms is not None and roughly > _HOPELESS * best_ms + _LAUNCH_MS:
+        return None
+    return graph_ms(run, device) if _close(run(), expected) else None
+
+
+def _alone(problem_: Problem, graph: Any, best: tuple[float, int, str]) -> Plan:
+    """The best plan in a graph of its own, so that the others' kernels can be unloaded."""
+    _, index, name = best
+    fresh = _graph(problem_)
+    if index < fresh.get_execution_plan_count() and fresh.get_plan_name_at_index(index) == name:
+        fresh.build_plan_at_index(index)
+        return Plan(problem_, fresh, index)
+    return Plan(problem_, graph, index)
+
+
+def _built(problem_: Problem, graph: Any) -> Iterator[Plan]:
+    """Every plan that cuDNN can build, each once, within the bound on workspace."""
+    seen = set()
+    for index in range(graph.get_execution_plan_count()):
+        try:
+            name = graph.get_plan_name_at_index(index)
+            if name in seen:
+                continue
+            seen.add(name)
+            graph.build_plan_at_index(index)
+            if graph.get_workspace_size_plan_at_index(index) <= MAX_WORKSPACE_BYTES:
+                yield Plan(problem_, graph, index)
+        except _errors() as error:
+            if is_out_of_memory(error):
+                raise
+
+
+def _graph(problem_: Problem) -> Any:
+    """cuDNN's graph of the problem, with the plans that its heuristics propose, none of them built yet."""
+    import cudnn
+
+    graph = operations(problem_, _handle(problem_.device))
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.B, cudnn.heur_mode.FALLBACK])
+    graph.deselect_numeric_notes([getattr(cudnn.numerical_note, name) for name in _UNWANTED])
+    return graph
+
+
+def operations(problem_: Problem, handle: int | None) -> Any:
+    """cuDNN's graph of the problem, validated; without a handle it needs no GPU."""
+    import cudnn
+
+    io = cudnn.data_type.HALF if problem_.dtype is torch.float16 else cudnn.data_type.BFLOAT16
+    graph = cudnn.pygraph(
+        name="torchaccel_convolution",
+        io_data_type=io,
+        intermediate_data_type=cudnn.data_type.FLOAT,
+        compute_data_type=cudnn.data_type.FLOAT,
+        handle=handle,
+    )
+
+    def tensor(uid: int, shape: tuple[int, ...]) -> Any:
+        return graph.tensor(dim=list(shape), stride=_strides(shape), data_type=io, uid=uid)
+
+    y = graph.conv_fprop(
+        image=tensor(_X, problem_.x),
+        weight=tensor(_WEIGHT, problem_.weight),
+        pre_padding=list(problem_.padding),
+        post_padding=list(problem_.padding),
+        stride=list(problem_.stride),
+        dilation=list(problem_.dilation),
+    )
+    if problem_.bias:
+        y = graph.bias(input=y, bias=tensor(_BIAS, (1, problem_.y[1], 1, 1)))
+    if problem_.residual:
+        y = graph.add(a=y, b=tensor(_RESIDUAL, problem_.y))
+    y = _activate(graph, y, problem_.activation)
+    y.set_output(True).set_data_type(io).set_dim(list(problem_.y)).set_stride(_strides(problem_.y)).set_uid(_Y)
+    graph.validate()
+    graph.build_operation_graph()
+    return graph
+
+
+# What would make results depend on the run, or less exact than sums in fp32.
+_UNWANTED = ("NONDETERMINISTIC", "DOWN_CONVERT_INPUTS", "REDUCED_PRECISION_REDUCTION", "FFT", "WINOGRAD")
+
+
+def _activate(graph: Any, y: Any, activation: str) -> Any:
+    if activation == "relu":
+        return graph.relu(input=y)
+    if activation == "relu6":
+        return graph.relu(input=y, lower_clip=0.0, upper_clip=6.0)
+    if activation == "silu":
+        return graph.mul(a=y, b=graph.sigmoid(input=y))
+    return y
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Channels-last, also where a dimension of one leaves PyTorch's own strides open."""
+    _, channels, height, width = shape
+    return [height * width * channels, 1, width * channels, channels]
+
+
+def _handle(device: torch.device) -> int:
+    """A handle for the device, on the current stream; hold the lock until what is enqueued with it is."""
+    import cudnn
+
+    with torch.cuda.device(device):
+        handle = _handles.get(device)
+        if handle is None:
+            handle = _handles[device] = cudnn.create_handle()
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    return handle
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """cuDNN is told of 16 bytes; a view can begin anywhere."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.preserve_format)
+
+
+def _one_run_ms(run: Callable[[], object], device: torch.device) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
+    run()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _close(y: torch.Tensor, expected: torch.Tensor) -> bool:
+    bound = 1e-2 if y.dtype is torch.float16 else 5e-2
+    return bool((y.float() - expected.float()).norm() <= bound * expected.float().norm())
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What the package raises: errors of its own, and what pybind makes of C++'s."""
+    import cudnn
+
+    return (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError)

@@ -1,0 +1,190 @@
+"""The passes: each rewrites a captured program into an equal one that runs faster, and says how often it did.
+
+They go by the flow of data alone, so a network in functional style is rewritten like one of nested modules. Each is
+exact up to the rounding of one operator, and can be left out: `rewrite(program, passes)`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchaccel.capture import Program
+from torchaccel.fused.convolutions import (
+    fuse_convolutions,
+    lay_out_depthwise,
+    merge_residual_bias,
+    pad_first_channels,
+    take_patches,
+)
+from torchaccel.fused.graph import (
+    arguments,
+    aten,
+    calls,
+    is_tensor,
+    mutates,
+    pair,
+    put,
+    put_aten,
+    replace,
+    same_shape,
+    tidy,
+    value,
+)
+from torchaccel.fused.operators import OPAQUE
+
+Pass = Callable[[Program], int]
+
+_IN_PLACE: dict[Any, Any] = {
+    aten.relu_.default: aten.relu.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.relu6_.default: aten.relu6.default,
+    aten.silu_.default: aten.silu.default,
+    aten.hardswish_.default: aten.hardswish.default,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.dropout_.default: aten.dropout.default,
+}
+# Operators whose result is new memory that nothing else refers to.
+_FRESH = {
+    *_IN_PLACE.values(),
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.batch_norm.default,
+    aten.linear.default,
+    aten.max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.sub.Tensor,
+    aten.cat.default,
+    aten.layer_norm.default,
+} - {aten.dropout.default}
+
+
+def write_out_of_place(program: Program) -> int:
+    """Turn operators that write to their input into ones that return a new tensor, where that is the same.
+
+    It is where the input is fresh memory and nothing that ran before the write can be a view of it: then whoever
+    reads it later reads what was written.
+    """
+    done = 0
+    for node in calls(program.exported.graph, *_IN_PLACE):
+        x = node.args[0]
+        if not is_tensor(x) or x.target not in _FRESH or not same_shape(x, node):
+            continue
+        order = {other: index for index, other in enumerate(program.exported.graph.nodes)}
+        users = [user for user in x.users if user is not node]
+        if any(order[user] < order[node] and user.target not in _FRESH for user in users):
+            continue
+        later = [user for user in users if order[user] > order[node]]
+        node.target = _IN_PLACE[node.target]
+        for user in later:
+            user.replace_input_with(x, node)
+            if user.op == "output":
+                program.exported.graph_signature.replace_all_uses(x.name, node.name)
+        done += 1
+    return done
+
+
+def drop_no_ops(program: Program) -> int:
+    """Drop dropout, and casts to the dtype that is there already."""
+    done = 0
+    for node in calls(program.exported.graph, aten.dropout.default, aten.to.dtype, aten.detach.default):
+        given = arguments(node)
+        x = next(iter(given.values()))
+        needed = given.get("train") or given.get("copy") or given.get("memory_format") is not None
+        read_by_writers = any(user.target in _IN_PLACE or user.op == "output" for user in node.users)
+        if needed or not same_shape(x, node) or read_by_writers:
+            continue
+        replace(program, node, x)
+        done += 1
+    return done
+
+
+def let_views_copy(program: Program) -> int:
+    """`view` to `reshape`, which copies where a view cannot be had: the layouts behind it are no longer those traced.
+
+    Not where anything is written in place, since a view may be what it is written through.
+    """
+    graph = program.exported.graph
+    if any(mutates(node) for node in graph.nodes):
+        return 0
+    views = calls(graph, aten.view.default)
+    for node in views:
+        node.target = aten.reshape.default
+    return len(views)
+
+
+def replace_max_pools(program: Program) -> int:
+    """Max-pooling by a kernel of ours: PyTorch's channels-last one takes four times what the memory allows."""
+    done = 0
+    for pool in calls(program.exported.graph, aten.max_pool2d.default):
+        given = arguments(pool)
+        x = given["self"]
+        if value(x).dim() != 4 or not value(x).is_floating_point():
+            continue
+        kernel = pair(given["kernel_size"])
+        stride = pair(given["stride"]) if given["stride"] else kernel
+        geometry = kernel, stride, pair(given["padding"]), pair(given["dilation"])
+        replace(program, pool, put(program, pool, "max_pool2d", (x, *geometry, bool(given["ceil_mode"]))))
+        done += 1
+    return done
+
+
+def replace_means(program: Program) -> int:
+    """The mean over height and width, where what gives them is an operator of ours, which nothing else fuses with."""
+    done = 0
+    for node in calls(program.exported.graph, aten.adaptive_avg_pool2d.default, aten.mean.dim):
+        given = arguments(node)
+        x = given["self"]
+        if not is_tensor(x) or x.target not in OPAQUE or value(x).dim() != 4 or value(node).dtype != value(x).dtype:
+            continue
+        if node.target is aten.mean.dim:
+            keep = given["keepdim"]
+            if not given["dim"] or sorted(dim % 4 for dim in given["dim"]) != [2, 3]:
+                continue
+        else:
+            keep = True
+            if pair(given["output_size"]) != [1, 1]:
+                continue
+        mean = put(program, node, "mean_pixels", (x,))
+        if keep:
+            mean = put_aten(node, aten.unsqueeze.default, put_aten(node, aten.unsqueeze.default, mean, -1), -1)
+        replace(program, node, mean)
+        done += 1
+    return done
+
+
+def choose_attention(program: Program) -> int:
+    """Scaled dot-product attention by whichever of PyTorch's kernels is the fastest for these shapes."""
+    done = 0
+    for node in calls(program.exported.graph, aten.scaled_dot_product_attention.default):
+        given = arguments(node)
+        tensors = [given[name] for name in ("query", "key", "value")]
+        if given["dropout_p"] or given["enable_gqa"] or any(value(tensor).dim() != 4 for tensor in tensors):
+            continue
+        args = (*tensors, given["attn_mask"], bool(given["is_causal"]), given["scale"])
+        replace(program, node, put(program, node, "attention", args))
+        done += 1
+    return done
+
+
+PASSES: tuple[Pass, ...] = (
+    write_out_of_place,
+    drop_no_ops,
+    let_views_copy,
+    take_patches,
+    fuse_convolutions,
+    merge_residual_bias,
+    pad_first_channels,
+    lay_out_depthwise,
+    replace_max_pools,
+    replace_means,
+    choose_attention,
+)
+
+
+def rewrite(program: Program, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
+    """Run the passes on a program that has no weights yet; returns how often each found something."""
+    counts = {}
+    for run in passes:
+        counts[run.__name__] = run(program)
+    tidy(program)
+    return counts
