@@ -211,6 +211,7 @@ def test_the_bias_of_a_residual_goes_into_the_other_convolution_s() -> None:
         lambda m, x: (m.a(x) + m.b(x)).relu() + m.a.bias.sum(),  # read elsewhere too
         lambda m, x: (m.a(x) + (y := m.b(x))).relu() + y,  # the residual is needed with its bias
         lambda m, x: (m.bare(x) + m.b(x)).relu(),  # no bias to add to
+        lambda m, x: (m.a(y := m.b(x)) + y).relu(),  # the convolution reads what its residual is
     ],
 )
 def test_a_bias_that_something_else_needs_stays(function: Callable[..., Any]) -> None:
@@ -238,6 +239,13 @@ def test_the_first_layer_has_four_input_channels_by_rule(precision: str) -> None
 
 def test_a_first_layer_whose_input_something_else_reads_pads_it() -> None:
     module = Lambda(lambda m, x: m.first(x).relu().sum() + x, first=conv(3, 8)).eval()
+    program = lowered(module, images(3))
+    assert operators(program)["torchaccel.pad_channels"] == 1
+    check(program, module, images(3))
+
+
+def test_a_first_layer_whose_residual_is_its_input_pads_it() -> None:
+    module = Lambda(lambda m, x: (m.first(x) + x).relu(), first=conv(3, 3)).eval()
     program = lowered(module, images(3))
     assert operators(program)["torchaccel.pad_channels"] == 1
     check(program, module, images(3))

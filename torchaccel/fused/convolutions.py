@@ -128,7 +128,7 @@ def merge_residual_bias(program: Program) -> int:
             continue
         bias, extra = given["bias"], arguments(other)["bias"]
         own = [node for node in (bias, extra) if node in names and len(node.users) == 1]
-        if len(own) < 2 or len(other.users) != 1 or value(bias).dtype != value(extra).dtype:
+        if len(own) < 2 or only_user(other) is not fused or value(bias).dtype != value(extra).dtype:
             continue
         rules = program.rules[names[bias]], program.rules[names[extra]]
         program.rules[names[bias]] = WeightRule((), "sum", value(bias).dtype, parts=rules)
@@ -155,7 +155,7 @@ def pad_first_channels(program: Program) -> int:
             continue
         program.rules[names[weight]] = with_changes(program.rules[names[weight]], input_channels=4)
         weight.meta["val"] = traced(_pad_channels, (value(weight), 4))
-        if x.op == "placeholder" and x not in names and len(x.users) == 1:
+        if x.op == "placeholder" and x not in names and only_user(x) is conv:
             x.meta["val"] = traced(_pad_channels, (value(x), 4))
         else:
             conv.args = (put(program, conv, "pad_channels", (x, 4)), *conv.args[1:])
