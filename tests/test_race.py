@@ -12,6 +12,7 @@ import torchaccel
 from tests.helpers import relative_error
 from tests.models import small_conv_net
 from torchaccel import compiler
+from torchaccel import race as module_of_races
 from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.backends.eager import Eager
 from torchaccel.compiled import CompiledModule
@@ -71,6 +72,7 @@ class Absent(Eager):
 def compete(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledModule]:
     def compiled(*field: Backend, module: nn.Module | None = None, **options: Any) -> CompiledModule:
         monkeypatch.setattr(compiler, "FIELD", field)
+        monkeypatch.setattr(module_of_races, "SAMPLES", (40, 80))
         module = small_conv_net() if module is None else module
         return torchaccel.compile(module, "fp32", backend="fastest", device="cpu", **options)
 

@@ -15,7 +15,8 @@ from torchaccel.errors import MeasurementWarning
 def field() -> tuple[torchaccel.CompiledModule, torch.Tensor, torch.nn.Module]:
     torch.manual_seed(0)
     module, images = resnet18().cuda().eval(), torch.randn(8, 3, 224, 224, device="cuda")
-    with torch.inference_mode():
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(compiler, "FIELD", tuple(compiler.BACKENDS.values()))  # without the one that takes minutes
         return torchaccel.compile(module, "fp16", backend="fastest", inputs=images), images, module
 
 
@@ -24,12 +25,11 @@ def test_the_winner_measured_again_is_not_slower_than_anybody(field) -> None:
     (race,) = model.report().races
     print(race)
     survivors = [entry.name for entry in race.entries if entry.outcome != "out"]
-    assert {"torch_tensorrt", "onnx_tensorrt", "inductor", "eager"} <= set(survivors)
+    assert set(survivors) == set(compiler.BACKENDS)
     with torch.inference_mode():
         runners = {"fastest": model.runner_for(images)}
         for name in survivors:
-            if name in compiler.BACKENDS:
-                runners[name] = torchaccel.compile(module, "fp16", backend=name).runner_for(images)
+            runners[name] = torchaccel.compile(module, "fp16", backend=name).runner_for(images)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MeasurementWarning)
             again = torchaccel.compare({name: runner.replay for name, runner in runners.items()}, samples=200)
@@ -40,7 +40,7 @@ def test_the_winner_measured_again_is_not_slower_than_anybody(field) -> None:
 
 def test_the_losers_memory_is_given_back(field) -> None:
     model, images, _ = field
-    alone = torchaccel.compile(resnet18().cuda(), "fp16", backend=model.report().races[0].winner.name.split("-")[0])
+    alone = torchaccel.compile(resnet18().cuda(), "fp16", backend=model.report().backend)
     with torch.inference_mode():
         alone(images)
         model(images)

@@ -147,8 +147,12 @@ _NO_WORK = {"linear", "flatten", "view", "reshape", "permute", "transpose", "squ
 
 
 def _tried(routes: tuple[str, ...], program: Program, device: torch.device) -> tuple[str, ...]:
-    """The routes to time: on a CPU, and where Inductor would find nothing to merge, the first alone."""
-    return routes if device.type == "cuda" and _leaves_work(program) else routes[:1]
+    """The routes to time: on a CPU, and where Inductor would find nothing to merge, the first alone.
+
+    So also for a dynamic batch: Inductor binds the program's symbolic size to that of the example (PyTorch 2.11).
+    """
+    can_gain = device.type == "cuda" and program.batch is None and _leaves_work(program)
+    return routes if can_gain else routes[:1]
 
 
 def _leaves_work(program: Program) -> bool:

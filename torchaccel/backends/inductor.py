@@ -34,7 +34,7 @@ class Inductor(NativeBackend):
         engine = NativeEngine(compiled, plan.precision, program.channels_last)
         try:
             with quiet():
-                engine(*program.inputs)
+                engine(*[engine.input_buffer(index, tensor) for index, tensor in enumerate(program.inputs)])
         except Exception as error:
             raise BuildError(f"Inductor could not compile the program ({type(error).__name__}): {error}") from error
         return engine

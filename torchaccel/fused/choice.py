@@ -89,7 +89,8 @@ def graph_ms(run: Callable[[], object], device: torch.device) -> float:
             for _ in range(RUNS_IN_A_GRAPH):
                 run()
         except BaseException:
-            with suppress(RuntimeError):  # it says only that what was captured is of no use
+            with suppress(RuntimeError), warnings.catch_warnings():  # both say only that the graph is of no use
+                warnings.simplefilter("ignore")
                 graph.capture_end()
             raise
         graph.capture_end()
