@@ -1,5 +1,6 @@
 """The race, on the CPU: real engines that are made slower, wrong or impossible."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +13,11 @@ import torchaccel
 from tests.helpers import relative_error
 from tests.models import small_conv_net
 from torchaccel import compiler
-from torchaccel import race as module_of_races
 from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.backends.eager import Eager
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BuildError, OptionError
+from torchaccel.race import Racer
 from torchaccel.report import RaceRecord
 from torchaccel.weights import WeightRule
 
@@ -72,7 +73,7 @@ class Absent(Eager):
 def compete(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledModule]:
     def compiled(*field: Backend, module: nn.Module | None = None, **options: Any) -> CompiledModule:
         monkeypatch.setattr(compiler, "FIELD", field)
-        monkeypatch.setattr(module_of_races, "SAMPLES", (40, 80))
+        monkeypatch.setattr(sys.modules[Racer.__module__], "SAMPLES", (40, 80))
         module = small_conv_net() if module is None else module
         return torchaccel.compile(module, "fp32", backend="fastest", device="cpu", **options)
 

@@ -23,7 +23,7 @@ from torchaccel.signature import Call
 from torchaccel.streaming import Ring
 from torchaccel.timing import Comparison, compare
 
-SAMPLES: tuple[int, ...] = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
+SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
 STREAMED = 8  # batches in a sample of the objective "stream"
 
 
