@@ -24,6 +24,7 @@ from torchaccel.streaming import Ring
 from torchaccel.timing import Comparison, compare
 
 SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
+WARM_UP = 20  # calls; the gate has run each of them before
 STREAMED = 8  # batches in a sample of the objective "stream"
 
 
@@ -124,7 +125,7 @@ def _compare(trials: Mapping[str, Callable[[], object]], device: torch.device) -
     for samples in SAMPLES:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore", MeasurementWarning)
-            comparison = compare(trials, samples=samples, device=device)
+            comparison = compare(trials, samples=samples, warmup=WARM_UP, device=device)
         others = [name for name in trials if name != comparison.fastest]
         if all(comparison.ratio(name, comparison.fastest).low > 1 for name in others):
             break
