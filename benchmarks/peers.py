@@ -221,8 +221,7 @@ def _onnx_tensorrt(module: nn.Module, inputs: Tensor, stay: ExitStack) -> Run:
 def onnx_engine(tensorrt: trt.TensorRT, module: nn.Module, inputs: Tensor, path: str) -> bytes:
     """What TensorRT's parser and builder make of PyTorch's own export to ONNX; needs no GPU with TensorRT-RTX."""
     with quiet():
-        names = {"input_names": ["input"], "verbose": False}
-        torch.onnx.export(_folded(module), (inputs,), path, dynamo=True, **names)
+        torch.onnx.export(_folded(module), (inputs,), path, dynamo=True, verbose=False, input_names=["input"])
     shape = tuple(inputs.shape)
     return trt.build_from_onnx(tensorrt, path, [("input", shape, shape, shape)], tf32=cudnn.allow_tf32)
 

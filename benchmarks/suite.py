@@ -35,6 +35,7 @@ AUTOTUNED = (1, 32)  # the batches at which torch.compile's max-autotune runs un
 # Of a machine without a GPU. Many cores take seconds for one image of full size in BF16, and a race hundreds of calls.
 SMALL_PART = {"model": ("resnet18",), "precision": ("bf16",), "batch": (1,)}
 CPU_PIXELS = 32
+WIDTH = 160  # of the table, in characters, where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = SuiteFile(given.json or results_file.default_path("suite"))
     except ValueError as error:
         parser.error(str(error))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
     if device.type == "cpu":
         small = " ".join(str(value) for (value,) in SMALL_PART.values())

@@ -110,7 +110,12 @@ def tables(rows: list[Row]) -> RenderableType:
     for heading in _HEADINGS:
         words = heading in ("model", "best rival")
         table.add_column(
-            heading, justify="left" if words else "right", vertical="bottom", no_wrap=not words, overflow="fold"
+            heading,
+            justify="left" if words else "right",
+            vertical="bottom",
+            no_wrap=not words,
+            overflow="fold",
+            min_width=10 if words else None,
         )
     table.add_column("ratio\n(95 % interval)", vertical="bottom", no_wrap=True)
     table.add_column("race won by", vertical="bottom", overflow="fold")

@@ -31,20 +31,21 @@ from torchaccel import compiler, race
 from torchaccel.backends.eager import Eager
 
 def tiny():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 4))
+    pooled = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *pooled)
 
 kill = sys.argv.pop(1) == "kill"
 suite.MODELS["tiny"] = Model("tiny", tiny, convolutional=True)
 compiler.FIELD = (Eager(),)
 race.SAMPLES = (20,)
 peers.ON_A_CPU = ("eager",)
-models_own, begun = suite._measure, []
+its_own, begun = suite._measure, []
 
 def measure(*arguments):
     begun.append(arguments)
     if kill and len(begun) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return models_own(*arguments)
+    return its_own(*arguments)
 
 suite._measure = measure
 sys.exit(suite.main(sys.argv[1:]))
