@@ -3,7 +3,7 @@
 import doctest
 import io
 import json
-import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,73 +17,69 @@ from benchmarks import models, peers, results_file, suite, suite_file, suite_tab
 from benchmarks.models import Model
 from benchmarks.suite_file import Cell
 from benchmarks.suite_table import conclusion, summaries, tables
+from torchaccel import compiler
+from torchaccel.backends.eager import Eager
 
 ROOT = Path(__file__).resolve().parents[1]
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this is the run of a machine without a GPU")
 
-# Runs the suite on one tiny model. With "kill" it is killed as the second cell begins.
-RUN = """
+# Runs the suite on one tiny model, and is killed as the second cell begins.
+KILLED = """
 import os, signal, sys
-from torch import nn
-from benchmarks import peers, suite
-from benchmarks.models import Model
-from torchaccel import compiler, race
-from torchaccel.backends.eager import Eager
+from benchmarks import suite
+from tests.test_suite import shrink
 
-def tiny():
-    pooled = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *pooled)
+shrink(setattr)
+measure, begun = suite._measure, []
 
-kill = sys.argv.pop(1) == "kill"
-suite.MODELS["tiny"] = Model("tiny", tiny, convolutional=True)
-compiler.FIELD = (Eager(),)
-race.SAMPLES = (20,)
-peers.ON_A_CPU = ("eager",)
-its_own, begun = suite._measure, []
-
-def measure(*arguments):
+def measured(*arguments):
     begun.append(arguments)
-    if kill and len(begun) == 2:
+    if len(begun) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return its_own(*arguments)
+    return measure(*arguments)
 
-suite._measure = measure
-sys.exit(suite.main(sys.argv[1:]))
+suite._measure = measured
+suite.main(sys.argv[1:])
 """
 
 
-def runs(path, *arguments, how="whole"):
-    command = [sys.executable, "-c", RUN, how, "--json", str(path), "--model", "tiny", "--batch", "1,2", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def convolution():
+    pooled = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *pooled)
+
+
+def shrink(put):
+    """One tiny model, and nobody who has to compile."""
+    put(suite, "MODELS", {"tiny": Model("tiny", convolution, convolutional=True)})
+    put(compiler, "FIELD", (Eager(),))
+    put(peers, "ON_A_CPU", ("eager",))
 
 
 @on_a_cpu
-def test_a_run_that_is_killed_goes_on_with_the_cells_that_are_missing(tmp_path):
+def test_a_run_that_is_killed_goes_on_with_the_cells_that_are_missing(tmp_path, monkeypatch, capsys):
     path = tmp_path / "suite.json"
-    assert runs(path, "--precision", "bf16", how="kill").returncode < 0
+    arguments = ["--json", str(path), "--model", "tiny", "--batch", "1,2", "--precision", "bf16"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     first = json.loads(path.read_text())
     assert [cell["batch"] for cell in first["cells"]] == [1]
-    done = runs(path, "--precision", "bf16")
-    assert done.returncode == 0, done.stderr
+    shrink(monkeypatch.setattr)
+    suite._module.cache_clear()
+    assert suite.main(arguments) == 0
     content = json.loads(path.read_text())
     assert results_file.problems(content) == []
     assert [cell["batch"] for cell in content["cells"]] == [1, 2]
     assert content["rows"][: len(first["rows"])] == first["rows"]  # not measured again
-    assert "tiny, bf16, batch 2" in done.stdout
-    assert "tiny, bf16, batch 1 ..." not in done.stdout
-    assert "Cells left: 0." in done.stdout
+    said = capsys.readouterr().out
+    assert "tiny, bf16, batch 2 ..." in said
+    assert "tiny, bf16, batch 1 ..." not in said
+    assert "Cells left: 0." in said
+    assert all(line in said for line in content["conclusion"])
     own, peer = content["rows"][:2]
-    assert (own["route"], own["backend"], own["variant"], own["input_dtype"]) == (
-        "torchaccel",
-        "fastest",
-        "eager",
-        "bfloat16",
-    )
+    assert (own["route"], own["backend"], own["variant"]) == ("torchaccel", "fastest", "eager")
     assert own["race"]["entries"][0]["outcome"] == "won"
-    assert (peer["backend"], peer["input_dtype"]) == ("eager", "bfloat16")
+    assert (peer["backend"], peer["input_dtype"], own["input_dtype"]) == ("eager", "bfloat16", "bfloat16")
     assert peer["versus"]["low"] <= peer["versus"]["value"] <= peer["versus"]["high"]
-    assert all(line in done.stdout for line in content["conclusion"])
 
 
 # --- in this process ---
