@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 import torchaccel
 from benchmarks.results_file import FIGURES
 from torchaccel.compiler import AUTO, BACKENDS
+from torchaccel.memory import release
 from torchaccel.precision import PRECISIONS, tf32_state
-from torchaccel.timing import Comparison
+from torchaccel.timing import Comparison, measure
 
 TIMES = ("min_ms", "mean_ms", "median_ms", "p95_ms", "p99_ms", "cv", "samples", "warmup", "device", "launch_bound")
 
@@ -26,14 +29,14 @@ class Candidate:
     """One row to be: `call` runs it once, as its user would; `replay` replays its CUDA graph alone.
 
     `reason` says why there is nothing to run. The route is "torchaccel", "baseline" (the module itself in strict
-    FP32, where the backend cannot honour it) or "peer".
+    FP32, where the backend cannot honour it) or "peer". `variant` is a peer's best one, or the winner of `race`.
     """
 
     route: str
     backend: str
     precision: str
     batch: int
-    call: Callable[[], Tensor] | None = None
+    call: Callable[[], Any] | None = None
     replay: Callable[[], object] | None = None
     input_dtype: str = "float32"
     layout: str = "contiguous"
@@ -44,6 +47,7 @@ class Candidate:
     build_ms: float | None = None
     relative_error: float | None = None
     first_ms: float = 0.0
+    race: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -51,14 +55,33 @@ class Candidate:
         return f"{self.route} {self.backend} {self.precision} batch {self.batch}"
 
 
-def relative_error(output: Tensor, reference: Tensor) -> float:
-    """‖y − r‖ / ‖r‖ in float64.
+def relative_error(output: Any, reference: Any) -> float:
+    """‖y − r‖ / ‖r‖ in float64; the largest, where there are several outputs. NaN where one is not finite.
 
     >>> relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
     0.1
+    >>> relative_error((torch.ones(1), torch.tensor([3.0, 4.5])), (torch.ones(1), torch.tensor([3.0, 4.0])))
+    0.1
     """
-    expected = reference.double()
-    return float((output.double() - expected).norm() / expected.norm())
+    pairs = zip(_pytree.tree_leaves(output), _pytree.tree_leaves(reference), strict=True)
+    errors = [_error(found, expected.double()) for found, expected in pairs]
+    return max(errors) if all(map(math.isfinite, errors)) else math.nan
+
+
+def _error(output: Tensor, expected: Tensor) -> float:
+    return float((output.to(expected) - expected).norm() / expected.norm())
+
+
+def quick_ms(call: Callable[[], object], device: torch.device) -> float:
+    """The median of a few calls, to choose between variants of one candidate."""
+    few = {"samples": 20, "warmup": 3} if device.type == "cuda" else {"samples": 3, "warmup": 1}
+    with noting([]):
+        return measure(call, device=device, **few).median_ms
+
+
+def named(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @contextmanager
@@ -71,10 +94,10 @@ def noting(notes: list[str]) -> Iterator[None]:
     notes += dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, kinds))
 
 
-def strict(module: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
+def strict(module: nn.Module, inputs: Tensor) -> Callable[[], Any]:
     """The module itself, in FP32 with TF32 off."""
 
-    def call() -> Tensor:
+    def call() -> Any:
         with tf32_state(False):
             return module(inputs)
 
@@ -90,17 +113,23 @@ def refusal(backend: str, precision: str, device: torch.device) -> tuple[str, st
     """The backend that would be used, and why it cannot compute in `precision`; None where it can.
 
     For "auto" it is the first backend that is available, the one that the other rows are of. One that is named and is
-    not available is left to `compile`, whose error has the reason.
+    not available is left to `compile`, whose error has the reason, and so is the whole field of "fastest".
     """
+    if backend == "fastest":
+        return None
     order = AUTO if backend == "auto" else (backend,)
     chosen = next((BACKENDS[name] for name in order if BACKENDS[name].unavailable() is None), None)
     reason = chosen.honours(PRECISIONS[precision], device) if chosen else None
     return (chosen.name, reason) if chosen and reason else None
 
 
-def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tensor) -> Candidate:
-    """What `compiled` gives, on `inputs`, its engine built and checked; an error of torchaccel becomes its reason."""
+def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tensor, *others: Tensor) -> Candidate:
+    """What `compiled` gives, on `inputs`, its engine built and checked; an error of torchaccel becomes its reason.
+
+    `others` are the same inputs in other layouts, which need no other engine: the row is of the quickest.
+    """
     candidate = Candidate("torchaccel", backend, precision, len(inputs))
+    candidate.input_dtype = str(inputs.dtype).removeprefix("torch.")
     try:
         with noting(candidate.notes):
             model = compiled()
@@ -109,22 +138,48 @@ def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tens
         candidate.reason = str(error)
         return candidate
     report = model.report().to_dict()
-    candidate.backend, candidate.graph = report["backend"], report["graph"]
-    candidate.build_ms = report["build_ms"]
-    candidate.call = lambda: model(inputs)
+    candidate.graph, candidate.build_ms = report["graph"], report["build_ms"]
+    if report["races"]:
+        candidate.race = race = report["races"][-1]
+        candidate.variant = next(entry["name"] for entry in race["entries"] if entry["outcome"] == "won")
+        candidate.build_ms = race["race_ms"]
+    else:
+        candidate.backend = report["backend"]
+    if others:
+        inputs = min((inputs, *others), key=lambda each: quick_ms(lambda: model(each), each.device))
+    candidate.call, candidate.layout = (lambda: model(inputs)), layout_of(inputs)
     if candidate.graph is True:
         candidate.replay = runner.replay
     return candidate
 
 
-def check(candidates: Iterable[Candidate], references: dict[int, Tensor]) -> None:
-    """Run each once: its error against the reference of its batch, and how long the call took."""
+def layout_of(inputs: Tensor) -> str:
+    """As rows name it."""
+    return "contiguous" if inputs.is_contiguous() else "channels_last"
+
+
+def check(candidates: Iterable[Candidate], references: dict[int, Any]) -> None:
+    """Run each once: its error against the reference of its batch, and how long the call took.
+
+    One that fails, or whose outputs are not finite, has that for its reason and is not measured.
+    """
     for candidate in candidates:
-        if candidate.call is not None:
+        if candidate.call is None:
+            continue
+        try:
             started = time.perf_counter()
-            output = candidate.call().to(references[candidate.batch])
+            output = candidate.call()
             candidate.first_ms = 1000 * (time.perf_counter() - started)
             candidate.relative_error = relative_error(output, references[candidate.batch])
+        # What a rival raises is up to the rival; what torchaccel raises here belongs in its row as well.
+        except Exception as error:  # noqa: BLE001
+            candidate.reason = f"its first call failed: {named(error)}"
+        else:
+            if math.isfinite(candidate.relative_error):
+                continue
+            candidate.reason = "its outputs are not finite"
+        candidate.call = candidate.replay = candidate.relative_error = output = None
+        release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def row(candidate: Candidate, timed: Comparison | None, **shared: Any) -> dict[str, Any]:
@@ -142,6 +197,7 @@ def row(candidate: Candidate, timed: Comparison | None, **shared: Any) -> dict[s
             "variant",
             "reason",
             "notes",
+            "race",
         )
     }
     found |= dict.fromkeys((*TIMES, *FIGURES, "throughput_fps", "replay_median_ms", "gain", "batching"))

@@ -3,75 +3,98 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
+from torch.utils import _pytree
 
-from benchmarks.candidates import Candidate, noting, refusal
+from benchmarks.candidates import Candidate, named, noting, quick_ms, refusal
+from torchaccel import trt
+from torchaccel.capture import quiet
+from torchaccel.memory import release
 from torchaccel.precision import PRECISIONS, tf32_state
-from torchaccel.timing import measure
 
 NAMES = {
     "eager": "eager",
     "graph": "eager in a CUDA graph",
     "compile": "torch.compile",
     "torch_tensorrt": "Torch-TensorRT",
+    "onnx_tensorrt": "ONNX to TensorRT",
 }
+USUAL = ("eager", "graph", "compile", "torch_tensorrt")
+ON_A_CPU = ("eager", "compile")  # which has neither CUDA graphs nor TensorRT
 COMPILE_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile on a GPU; the second takes minutes a shape
-Run = tuple[Callable[[], Tensor], Callable[[], object] | None]
+Run = tuple[Callable[[], Any], Callable[[], object] | None]
 
 
-def names_for(device: torch.device) -> tuple[str, ...]:
-    """The peers that a device can have: a CPU has neither CUDA graphs nor TensorRT."""
-    return tuple(NAMES) if device.type == "cuda" else ("eager", "compile")
+def names_for(device: torch.device, of: Sequence[str] = USUAL) -> tuple[str, ...]:
+    """Of these peers, those that a device can have."""
+    return tuple(name for name in of if device.type == "cuda" or name in ON_A_CPU)
 
 
 def build(  # noqa: PLR0917
     peer: str,
     module: nn.Module,
     precision: str,
-    images: Tensor,
+    inputs: Tensor,
     stay: ExitStack,
     modes: Sequence[str] = COMPILE_MODES,
 ) -> Candidate:
-    """A peer's fastest variant on `images`; what makes a variant or the whole peer fail is said in the row.
+    """A peer's fastest variant on `inputs`; what makes a variant or the whole peer fail is said in the row.
 
     `stay` closes what has to stay open while the peer is measured.
     """
-    candidate = Candidate("peer", NAMES[peer], precision, len(images))
-    candidate.input_dtype = str(PRECISIONS[precision].dtype).removeprefix("torch.")
-    native = "torch_tensorrt" if peer == "torch_tensorrt" else "eager"
-    if refused := refusal(native, precision, images.device):
+    candidate = Candidate("peer", NAMES[peer], precision, len(inputs))
+    candidate.input_dtype = str(_dtype(inputs, precision)).removeprefix("torch.")
+    if refused := refusal(peer if "tensorrt" in peer else "eager", precision, inputs.device):
         candidate.reason = refused[1]
         return candidate
     tried: list[str] = []
     started, best = time.perf_counter(), float("inf")
-    for variant, make in _variants(peer, images.device, modes):
+    for variant, make in _fitting(_variants(peer, inputs.device, modes), inputs):
+        layout = torch.channels_last if "channels-last" in variant else torch.contiguous_format
+        ready = partial(prepared, module, precision, inputs, layout)
         try:
-            with _state(precision), noting([]):
-                run = make(*_prepared(module, precision, images, variant), stay)
-                few = {"samples": 20, "warmup": 3} if images.is_cuda else {"samples": 3, "warmup": 1}
-                spent = measure(run[1] or run[0], device=images.device, **few).median_ms
+            run, spent = _tried(make, ready, precision, inputs.device, stay)
         # What a rival raises, and from how deep, is up to the rival: all of it is a reason in its row.
         except Exception as error:  # noqa: BLE001
-            tried.append(f"{variant}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            tried.append(f"{variant}: {named(error)}")
+            run = None
+        if run is None:
+            release(inputs.device)  # only here is the error gone, and with it what its frames hold
             continue
         tried.append(f"{variant}: {spent:.4g} ms")
         if spent < best:
             best, candidate.variant, candidate.replay = spent, variant, run[1]
             candidate.call = run[0] if _is_half(precision) else partial(_with_state, precision, run[0])
             candidate.layout = "channels_last" if "channels-last" in variant else "contiguous"
-    candidate.graph = peer in ("graph", "torch_tensorrt") or (peer == "compile" and images.is_cuda)
+    candidate.graph = peer in ("graph", "torch_tensorrt", "onnx_tensorrt") or (peer == "compile" and inputs.is_cuda)
     candidate.build_ms = 1000 * (time.perf_counter() - started)
-    candidate.notes = [f"{NAMES[peer]} {precision} batch {len(images)}, tried {'; '.join(tried)}"]
+    candidate.notes = [f"{NAMES[peer]} {precision} batch {len(inputs)}, tried {'; '.join(tried)}"]
     if candidate.call is None:
         candidate.reason = "; ".join(tried)
     return candidate
+
+
+def _tried(
+    make: Callable[..., Run],
+    ready: Callable[[], tuple[nn.Module, Tensor]],
+    precision: str,
+    device: torch.device,
+    stay: ExitStack,
+) -> tuple[Run, float]:
+    """A variant, ready to run, and the milliseconds that it takes."""
+    with _state(precision), noting([]):
+        run = make(*ready(), stay)
+        return run, quick_ms(run[1] or run[0], device)
 
 
 def _is_half(precision: str) -> bool:
@@ -101,12 +124,30 @@ def _with_state(precision: str, call: Callable[[], Tensor]) -> Tensor:
         return call()
 
 
-def _prepared(module: nn.Module, precision: str, images: Tensor, variant: str) -> tuple[nn.Module, Tensor]:
-    dtype = PRECISIONS[precision].dtype
-    layout = torch.channels_last if "channels-last" in variant else torch.contiguous_format
+def prepared(
+    module: nn.Module, precision: str, inputs: Tensor, layout: torch.memory_format
+) -> tuple[nn.Module, Tensor]:
+    """A copy of the module and the inputs in the precision's dtype, both in `layout` where they have one."""
     with torch.inference_mode(False):
-        copied = copy.deepcopy(module).to(dtype).to(memory_format=layout)
-        return copied, images.to(dtype=dtype, memory_format=layout)
+        copied = copy.deepcopy(module).to(PRECISIONS[precision].dtype).to(memory_format=layout)
+        return copied, cast(inputs, precision, layout)
+
+
+def cast(inputs: Tensor, precision: str, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """The inputs in the precision's dtype and in `layout`; ids stay ids, and only inputs have a layout."""
+    fits = layout if inputs.dim() == 4 else torch.contiguous_format
+    return inputs.to(dtype=_dtype(inputs, precision), memory_format=fits)
+
+
+def _dtype(inputs: Tensor, precision: str) -> torch.dtype:
+    return PRECISIONS[precision].dtype if inputs.is_floating_point() else inputs.dtype
+
+
+def _fitting(variants: Iterable[tuple[str, Any]], inputs: Tensor) -> list[tuple[str, Any]]:
+    """The variants that differ on these inputs: only inputs have layouts."""
+    if inputs.dim() == 4:
+        return list(variants)
+    return [(name.removesuffix(", channels-last"), make) for name, make in variants if name != "channels-last"]
 
 
 def _variants(peer: str, device: torch.device, modes: Sequence[str]) -> Iterator[tuple[str, Callable[..., Run]]]:
@@ -116,20 +157,22 @@ def _variants(peer: str, device: torch.device, modes: Sequence[str]) -> Iterator
     elif peer == "compile":
         for mode in modes if device.type == "cuda" else ("default",):
             yield f"{mode}, frozen, channels-last", partial(_compiled, mode)
-    else:
+    elif peer == "torch_tensorrt":
         yield "its own CUDA graphs", _torch_tensorrt
+    else:
+        yield "in a CUDA graph", _onnx_tensorrt
 
 
-def _eager(module: nn.Module, images: Tensor, stay: ExitStack) -> Run:
-    def call() -> Tensor:
+def _eager(module: nn.Module, inputs: Tensor, stay: ExitStack) -> Run:
+    def call() -> Any:
         with _searching():
-            return module(images)
+            return module(inputs)
 
     return call, None
 
 
-def _graph(module: nn.Module, images: Tensor, stay: ExitStack) -> Run:
-    static, stream = images.clone(), torch.cuda.Stream()
+def _graph(module: Callable[[Tensor], Any], inputs: Tensor, stay: ExitStack) -> Run:
+    static, stream = inputs.clone(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -139,15 +182,15 @@ def _graph(module: nn.Module, images: Tensor, stay: ExitStack) -> Run:
     with torch.cuda.graph(graph):
         output = module(static)
 
-    def call(_weights: nn.Module = module) -> Tensor:  # the graph reads them where they lie, so they have to stay
-        static.copy_(images)
+    def call(_weights: object = module) -> Any:  # the graph reads them where they lie, so they have to stay
+        static.copy_(inputs)
         graph.replay()
-        return output.clone()
+        return _pytree.tree_map(torch.clone, output)
 
     return call, graph.replay
 
 
-def _compiled(mode: str, module: nn.Module, images: Tensor, stay: ExitStack) -> Run:
+def _compiled(mode: str, module: nn.Module, inputs: Tensor, stay: ExitStack) -> Run:
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
@@ -155,14 +198,39 @@ def _compiled(mode: str, module: nn.Module, images: Tensor, stay: ExitStack) -> 
     with dynamo.patch(recompile_limit=256, accumulated_recompile_limit=4096), inductor.patch(freezing=True):
         compiled = torch.compile(module, mode=mode, dynamic=False, fullgraph=True)
         for _ in range(3):  # CUDA graph trees warm up, then record
-            compiled(images)
-    return lambda: compiled(images), None
+            compiled(inputs)
+    return lambda: compiled(inputs), None
 
 
-def _torch_tensorrt(module: nn.Module, images: Tensor, stay: ExitStack) -> Run:
+def _torch_tensorrt(module: nn.Module, inputs: Tensor, stay: ExitStack) -> Run:
     import torch_tensorrt
 
     options = {"min_block_size": 1, "use_explicit_typing": True, "disable_tf32": not cudnn.allow_tf32}
-    built = torch_tensorrt.compile(module, ir="dynamo", inputs=[images], **options)
+    built = torch_tensorrt.compile(module, ir="dynamo", inputs=[inputs], **options)
     fast = stay.enter_context(torch_tensorrt.runtime.enable_cudagraphs(built))
-    return lambda: fast(images), None
+    return lambda: fast(inputs), None
+
+
+def _onnx_tensorrt(module: nn.Module, inputs: Tensor, stay: ExitStack) -> Run:
+    tensorrt = trt.load()
+    with tempfile.TemporaryDirectory() as folder:
+        serialised = onnx_engine(tensorrt, module, inputs, str(Path(folder, "model.onnx")))
+    return _graph(trt.TensorRTEngine(tensorrt, serialised, inputs.device), inputs, stay)
+
+
+def onnx_engine(tensorrt: trt.TensorRT, module: nn.Module, inputs: Tensor, path: str) -> bytes:
+    """What TensorRT's parser and builder make of PyTorch's own export to ONNX; needs no GPU with TensorRT-RTX."""
+    with quiet():
+        torch.onnx.export(_folded(module), (inputs,), path, dynamo=True, verbose=False, input_names=["input"])
+    shape = tuple(inputs.shape)
+    return trt.build_from_onnx(tensorrt, path, [("input", shape, shape, shape)], tf32=cudnn.allow_tf32)
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    """With BatchNorm folded, as is done by hand: the exporter would fold it into FP32 weights beside BF16 inputs."""
+    from torch.fx.experimental.optimization import fuse
+
+    if not any(isinstance(child, nn.BatchNorm2d) for child in module.modules()):
+        return module
+    dtype = next(module.parameters()).dtype
+    return fuse(module.float()).to(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import peers, results_file
+from benchmarks.arguments import choices, count, listed
 from benchmarks.run import SEED, Plan, run
 from benchmarks.table import tables
 from torchaccel.compiler import BACKENDS
@@ -52,35 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     add, several = parser.add_argument, "; several: repeat it, or separate them by commas"
-    add("--precision", type=_listed(_precision), action="extend", help=", ".join(PRECISIONS) + several)
-    add("--batch", type=_listed(_count), action="extend", help="images per call" + several)
-    add("--runs", type=_count, default=100, help="timed calls per row (100)")
+    add("--precision", type=listed(choices(PRECISIONS)), action="extend", help=", ".join(PRECISIONS) + several)
+    add("--batch", type=listed(count), action="extend", help="images per call" + several)
+    add("--runs", type=count, default=100, help="timed calls per row (100)")
     add("--weights", default="none", help=WEIGHTS)
     add("--dynamic-batch", action="store_true", help="one engine for all batches, instead of one for each")
     add("--json", type=Path, metavar="PATH", help="where the result file goes")
-    add("--peers", nargs="*", choices=tuple(peers.NAMES), help="measure the rivals beside it: all, or these")
+    add("--peers", nargs="*", choices=peers.USUAL, help="measure the rivals beside it: all, or these")
     modes = f"torch.compile's modes among the peers ({' '.join(peers.COMPILE_MODES)})"
     add("--compile-modes", nargs="+", choices=peers.COMPILE_MODES, default=peers.COMPILE_MODES, help=modes)
     return parser
-
-
-def _listed(parse: Callable[[str], object]) -> Callable[[str], list[object]]:
-    def listed(text: str) -> list[object]:
-        return [parse(part.strip()) for part in text.split(",")]
-
-    return listed
-
-
-def _precision(text: str) -> str:
-    if text not in PRECISIONS:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PRECISIONS)}")
-    return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _plan(given: argparse.Namespace) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import torchaccel
 from benchmarks import peers
@@ -20,6 +22,7 @@ from benchmarks.candidates import Candidate, baseline, check, noting, ours, refu
 from benchmarks.peers import COMPILE_MODES
 from benchmarks.results_file import document
 from benchmarks.table import conclusion, label, number
+from torchaccel.precision import PRECISIONS
 from torchaccel.provenance import gpu_state
 from torchaccel.timing import Comparison, compare, measure
 
@@ -29,7 +32,11 @@ CPU_TOTAL_S, CPU_SAMPLING_S = 75.0, 15.0  # so that two slow cores are done with
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, and where; `runs` is the number of timed calls per row, fewer on a CPU that is too slow."""
+    """What to measure, and where; `runs` is the number of timed calls per row, fewer on a CPU that is too slow.
+
+    The inputs are at random: normal, or token ids below `vocabulary`. With `alike`, torchaccel too is given module and
+    inputs in the precision's dtype, in the layout that it is fastest in, as the peers are; else FP32 ones.
+    """
 
     model: str
     shape: tuple[int, ...]
@@ -42,19 +49,39 @@ class Plan:
     peers: tuple[str, ...] = ()
     compile_modes: tuple[str, ...] = COMPILE_MODES
     dynamic_batch: tuple[int, int, int] | None = None
+    vocabulary: int | None = None
+    alike: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a plan gave: the rows, the timings behind them, the GPU's state before and after, what was warned of."""
+
+    rows: list[dict[str, Any]]
+    timed: Comparison | None
+    gpu: dict[str, Any]
+    warnings: list[str]
 
 
 def run(plan: Plan, module: nn.Module, progress_on: Console) -> dict[str, Any]:
     """Measure `module`, which is on the plan's device and in eval mode; returns the content of the result file."""
+    done = carry_out(plan, module, progress_on)
+    settings = settings_of(plan, done.timed)
+    content = document(plan.model, done.rows, settings=settings, gpu=done.gpu, warnings=done.warnings)
+    return content | {"conclusion": [*_measured(plan, content), *conclusion(done.rows)]}
+
+
+def carry_out(plan: Plan, module: nn.Module, progress_on: Console) -> Measured:
+    """Build every candidate of a plan, check it, time all of them interleaved."""
     notes: list[str] = []
     started = time.monotonic()
-    images = dict(_images(plan))
+    inputs = dict(_inputs(plan))
     with torch.no_grad(), ExitStack() as stay, _progress(progress_on) as progress:
         steps = len(plan.precisions) * len(plan.batches) * (1 + len(plan.peers))
         task = progress.add_task("", total=steps + 1)
-        references = {batch: strict(module, images[batch])().clone() for batch in plan.batches}
+        references = {batch: tree_map(torch.clone, strict(module, inputs[batch])()) for batch in plan.batches}
         candidates = []
-        for label, built in _built(plan, module, images, stay):
+        for label, built in _built(plan, module, inputs, stay):
             progress.update(task, description=label)
             candidates += built()
             progress.advance(task)
@@ -64,14 +91,12 @@ def run(plan: Plan, module: nn.Module, progress_on: Console) -> dict[str, Any]:
         with noting(notes):
             timed = _timed(plan, candidates, max(CPU_SAMPLING_S, CPU_TOTAL_S - (time.monotonic() - started)))
         after = gpu_state() if plan.device.type == "cuda" else {}
-        copies = {batch: _copies(images[batch], references[batch], plan.runs) for batch in plan.batches}
+        copies = {batch: _copies(inputs[batch], references[batch], plan.runs) for batch in plan.batches}
         progress.update(task, advance=1, description="done")
     rows = [_row(plan, candidate, timed, copies[candidate.batch]) for candidate in candidates]
     if timed is not None:
         relate(candidates, rows, timed)
-    settings = _settings(plan, timed)
-    content = document(plan.model, rows, settings=settings, gpu={"before": before, "after": after}, warnings=notes)
-    return content | {"conclusion": [*_measured(plan, content), *conclusion(rows)]}
+    return Measured(rows, timed, {"before": before, "after": after}, notes)
 
 
 def _progress(console: Console) -> Progress:
@@ -79,29 +104,35 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _images(plan: Plan) -> Iterator[tuple[int, Tensor]]:
+def _inputs(plan: Plan) -> Iterator[tuple[int, Tensor]]:
     generator = torch.Generator().manual_seed(SEED)
     for batch in plan.batches:
-        yield batch, torch.randn(batch, *plan.shape, generator=generator).to(plan.device)
+        shape = (batch, *plan.shape)
+        if plan.vocabulary is None:
+            yield batch, torch.randn(shape, generator=generator).to(plan.device)
+        else:
+            yield batch, torch.randint(plan.vocabulary, shape, generator=generator).to(plan.device)
 
 
-def _built(plan: Plan, module: nn.Module, images: dict[int, Tensor], stay: ExitStack) -> Iterator[tuple[str, Any]]:
+def _built(plan: Plan, module: nn.Module, inputs: dict[int, Tensor], stay: ExitStack) -> Iterator[tuple[str, Any]]:
     """The steps of building, each with its label; torchaccel's own first, so that no peer's state reaches them."""
     for precision in plan.precisions:
         compiled = cache(lambda precision=precision: _compile(plan, module, precision))
         for batch in plan.batches:
             label = f"building {precision}, batch {batch}"
-            yield label, lambda p=precision, c=compiled, x=images[batch]: _own(plan, module, p, c, x)
+            yield label, lambda p=precision, c=compiled, x=inputs[batch]: _own(plan, module, p, c, x)
     for peer in plan.peers:
         make = partial(peers.build, peer, module, stay=stay, modes=plan.compile_modes)
         for precision in plan.precisions:
             for batch in plan.batches:
                 label = f"building {peers.NAMES[peer]}, {precision}, batch {batch}"
-                yield label, lambda make=make, p=precision, x=images[batch]: [make(p, x)]
+                yield label, lambda make=make, p=precision, x=inputs[batch]: [make(p, x)]
 
 
 def _compile(plan: Plan, module: nn.Module, precision: str) -> nn.Module:
     batches = plan.dynamic_batch
+    if plan.alike:
+        module = copy.deepcopy(module).to(PRECISIONS[precision].dtype)
     return torchaccel.compile(module, precision, backend=plan.backend, dynamic_batch=batches, cache_dir=False)
 
 
@@ -110,10 +141,17 @@ def _own(plan: Plan, module: nn.Module, precision: str, compiled: Any, inputs: T
     if refused := refusal(plan.backend, precision, plan.device):
         found = Candidate("torchaccel", refused[0], precision, len(inputs), reason=refused[1])
     else:
-        found = ours(compiled, plan.backend, precision, inputs)
+        found = ours(compiled, plan.backend, precision, *_layouts(plan, precision, inputs))
     if precision != "fp32" or found.call is not None:
         return [found]
     return [found, baseline(module, inputs)]
+
+
+def _layouts(plan: Plan, precision: str, inputs: Tensor) -> tuple[Tensor, ...]:
+    if not plan.alike:
+        return (inputs,)
+    layouts = (torch.contiguous_format, torch.channels_last) if inputs.dim() == 4 else (torch.contiguous_format,)
+    return tuple(peers.cast(inputs, precision, layout) for layout in layouts)
 
 
 def _timed(plan: Plan, candidates: list[Candidate], budget_s: float) -> Comparison | None:
@@ -143,19 +181,18 @@ def affordable(first_ms: dict[str, float], runs: int, budget_ms: float) -> dict[
     return samples
 
 
-def _copies(images: Tensor, output: Tensor, runs: int) -> dict[str, float | None]:
-    """What it takes to copy a batch from pinned memory to the GPU, and its output back."""
-    if not images.is_cuda:
-        return {"h2d_ms": None, "d2h_ms": None}
-    ends = {
-        "h2d_ms": (images.clone(), images.cpu().pin_memory()),
-        "d2h_ms": (output.cpu().pin_memory(), output.clone()),
-    }
+def _copies(inputs: Tensor, output: Any, runs: int) -> dict[str, float | None]:
+    """What it takes to copy a batch from pinned memory to the GPU, and its output, where it is one tensor, back."""
+    found: dict[str, float | None] = {"h2d_ms": None, "d2h_ms": None}
+    if not inputs.is_cuda:
+        return found
+    ends = {"h2d_ms": (inputs.clone(), inputs.cpu().pin_memory())}
+    if isinstance(output, Tensor):
+        ends["d2h_ms"] = (output.cpu().pin_memory(), output.clone())
     with noting([]):  # a copy of a few KiB is all launch, and that is what it takes
-        return {
-            name: measure(target.copy_, source, True, samples=runs, device=images.device).median_ms
-            for name, (target, source) in ends.items()
-        }
+        for name, (target, source) in ends.items():
+            found[name] = measure(target.copy_, source, True, samples=runs, device=inputs.device).median_ms
+    return found
 
 
 def _row(plan: Plan, candidate: Candidate, timed: Comparison | None, copies: dict[str, float | None]) -> dict[str, Any]:
@@ -163,7 +200,8 @@ def _row(plan: Plan, candidate: Candidate, timed: Comparison | None, copies: dic
     return row(candidate, timed, **shared) | copies
 
 
-def _settings(plan: Plan, timed: Comparison | None) -> dict[str, Any]:
+def settings_of(plan: Plan, timed: Comparison | None) -> dict[str, Any]:
+    """How it was measured, for the result file."""
     gpu = plan.device.type == "cuda"
     return asdict(plan) | {
         "device": str(plan.device),

@@ -8,6 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
+from benchmarks.models import look_trained
+
 
 @dataclass(frozen=True)
 class Case:
@@ -47,32 +49,6 @@ def draw_statistics(module: nn.Module, variance: float) -> nn.Module:
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 child.running_mean.copy_(torch.randn(child.num_features, generator=generator) * 0.1)
                 child.running_var.copy_((torch.rand(child.num_features, generator=generator) + 0.5) * variance)
-    return module.eval()
-
-
-def look_trained(module: nn.Module, size: int = 64) -> nn.Module:
-    """Give a new network the statistics of a trained one; eval mode.
-
-    BatchNorm takes the statistics of real activations, so that these neither vanish nor explode with depth, a small
-    scale and spread biases: then the output depends on the input, and rounding does not grow from layer to layer as it
-    does in a network at random. Layers that start at zero get small weights.
-    """
-    generator = torch.Generator().manual_seed(0)
-    norms = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        module.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-            norm.weight.fill_(0.3)
-            norm.bias.copy_(torch.randn(norm.num_features, generator=generator))
-        if norms:
-            module(torch.randn(16, 3, size, size, generator=generator))
-        for norm in norms:
-            norm.momentum = 0.1
     return module.eval()
 
 

@@ -1,0 +1,155 @@
+"""The suite's rows as a person reads them: each cell's best rival beside `fastest`, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.table import number
+from torchaccel.precision import PRECISIONS
+
+Row = dict[str, Any]
+_HEADINGS = ("model", "preci-\nsion", "batch", "fastest\nms", "replay\nms", "error", "best rival", "ms", "replay\nms")
+_CAPTION = (
+    "ms: the median of whole calls on device inputs; replay: the CUDA graph alone. ratio: the best rival's call over "
+    "fastest's, the median of interleaved rounds. A rival whose error is beyond the precision's bound is no best one."
+)
+
+
+@dataclass
+class Summary:
+    """A cell's row of torchaccel, its best rival, and the faster rivals that are beyond the precision's bound."""
+
+    name: str
+    own: Row | None = None
+    best: Row | None = None
+    wrong: list[Row] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> dict[str, float | None] | None:
+        """The best rival's time over torchaccel's, with its interval; None where either could not be measured."""
+        return self.best["versus"] if self.best and self.own and self.own["median_ms"] is not None else None
+
+
+def summaries(rows: list[Row]) -> list[Summary]:
+    """One for each cell, in the order of the rows."""
+    cells: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["precision"], row["batch"]), []).append(row)
+    return [_summary(f"{model} {precision} batch {batch}", own) for (model, precision, batch), own in cells.items()]
+
+
+def _summary(name: str, rows: list[Row]) -> Summary:
+    peers = [row for row in rows if row["route"] == "peer" and row["median_ms"] is not None]
+    right = [row for row in peers if row["relative_error"] <= PRECISIONS[row["precision"]].bound]
+    found = Summary(name, next((row for row in rows if row["route"] == "torchaccel"), None))
+    found.best = min(right, key=lambda row: row["median_ms"], default=None)
+    limit = found.best["median_ms"] if found.best else math.inf
+    found.wrong = [row for row in peers if row not in right and row["median_ms"] < limit]
+    return found
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The root of a product.
+
+    >>> round(geometric_mean([1.0, 4.0]), 6)
+    2.0
+    """
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def conclusion(rows: list[Row]) -> list[str]:
+    """What the figures say, one sentence each."""
+    return list(_conclusion(summaries(rows)))
+
+
+def _conclusion(cells: list[Summary]) -> Iterator[str]:
+    compared = [(cell, cell.ratio) for cell in cells if cell.ratio]
+    if not compared:
+        yield "No cell has figures of both torchaccel and a rival: see the reasons in the rows."
+        return
+    slower = [cell.name for cell, ratio in compared if _at_most(ratio) < 1]
+    kept = len(compared) - len(slower)
+    yield f"fastest is not slower than the best rival, beyond noise, in {kept} of {len(compared)} cells compared."
+    if slower:
+        yield f"It is slower in: {'; '.join(slower)}."
+    if missing := [cell.name for cell in cells if not cell.ratio]:
+        yield f"Not compared, for want of a figure: {'; '.join(missing)}."
+    yield from _means(compared)
+    won = Counter(cell.own["variant"] for cell, _ in compared if cell.own)
+    yield f"Races won: {', '.join(f'{name} {count}' for name, count in won.most_common())}."
+
+
+def _means(compared: list[tuple[Summary, dict[str, Any]]]) -> Iterator[str]:
+    convolutional = [(cell, ratio) for cell, ratio in compared if cell.own and cell.own["convolutional"]]
+    if not convolutional:
+        yield "No convolutional model was compared: there is no geometric mean."
+        return
+    models = ", ".join(dict.fromkeys(cell.own["model"] for cell, _ in convolutional if cell.own))
+    mean = geometric_mean(ratio["value"] for _, ratio in convolutional)
+    yield f"Best rival over fastest, geometric mean over {len(convolutional)} cells of {models}: {mean:.3f}."
+
+
+def _at_most(ratio: dict[str, Any]) -> float:
+    """The upper end of the interval; the value itself, where one round gave none."""
+    return float(ratio["value"] if ratio["high"] is None else ratio["high"])
+
+
+def tables(rows: list[Row]) -> RenderableType:
+    """The table of all cells, and under it why what is missing is missing."""
+    cells = summaries(rows)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in _HEADINGS:
+        words = heading in ("model", "best rival")
+        table.add_column(
+            heading,
+            justify="left" if words else "right",
+            vertical="bottom",
+            no_wrap=not words,
+            overflow="fold",
+            min_width=10 if words else None,
+        )
+    table.add_column("ratio\n(95 % interval)", vertical="bottom", no_wrap=True)
+    table.add_column("race won by", vertical="bottom", overflow="fold")
+    for cell in cells:
+        table.add_row(*_cells(cell))
+    reasons = [f"{_label(row)}: {row['reason']}" for row in rows if row["reason"]]
+    wrong = [
+        f"{_label(row)}: {number(row['median_ms'])} ms, and wrong: its error is {row['relative_error']:.0e}"
+        for cell in cells
+        for row in cell.wrong
+    ]
+    return Group(table, Text(_CAPTION, style="dim"), *(Text(f"- {line}") for line in (*wrong, *reasons)))
+
+
+def _cells(cell: Summary) -> Iterator[str]:
+    own, best = cell.own, cell.best
+    first = own or best
+    yield from (first["model"], first["precision"], str(first["batch"])) if first else (cell.name, "", "")
+    yield from _figures(own)
+    yield "-" if not own or own["relative_error"] is None else f"{own['relative_error']:.0e}"
+    yield f"{best['backend']} ({best['variant']})" if best else "-"
+    yield from _figures(best)
+    yield "-" if not cell.ratio else _ratio(cell.ratio)
+    yield str(own["variant"]) if own and own["variant"] else "-"
+
+
+def _figures(row: Row | None) -> tuple[str, str]:
+    return (number(row["median_ms"]), number(row["replay_median_ms"])) if row else ("-", "-")
+
+
+def _ratio(ratio: dict[str, Any]) -> str:
+    interval = "one round" if ratio["low"] is None else f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+    return f"{ratio['value']:.2f} ({interval})"
+
+
+def _label(row: Row) -> str:
+    return f"{row['model']} {row['precision']} batch {row['batch']}, {row['backend']}"
