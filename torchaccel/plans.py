@@ -138,13 +138,13 @@ def plan_key(backend: Backend, program: Program, options: Options, gpu: dict[str
         "precision": [precision.name, str(precision.dtype), precision.tf32],
         "partial": options.partial,
         "gpu": gpu,
-        "versions": _versions(),
+        "versions": versions(),
         "program": program_key(program),
     }
 
 
 @functools.cache
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
     """Of all that has a part in a build, our own code included."""
     known = facts().to_dict()
     return {
