@@ -30,7 +30,7 @@ from tests.test_race import Changed, slower
 from tests.test_results import hurry
 from torchaccel import compiler
 hurry()
-compiler.FIELD = Changed("slow", slower(4)), Changed("fast")
+compiler.FIELD = Changed("slow", slower(20)), Changed("fast")
 torch.manual_seed(0)
 with torch.no_grad():
     model = torchaccel.compile(small_conv_net(), "fp32", backend="fastest", device="cpu", cache_dir=sys.argv[1])
@@ -61,7 +61,7 @@ def hurry(put: Callable[[Any, str, Any], None] = setattr) -> None:
 @pytest.fixture
 def field(monkeypatch: pytest.MonkeyPatch) -> tuple[Changed, Changed]:
     """A slow one and a fast one; their `built` says how often."""
-    both = Changed("slow", slower(4)), Changed("fast")
+    both = Changed("slow", slower(20)), Changed("fast")
     hurry(monkeypatch.setattr)
     monkeypatch.setattr(compiler, "FIELD", (*both, Failing(), Absent()))
     return both
@@ -142,18 +142,14 @@ def test_weights_make_no_other_race(cache: Cache, field: Any) -> None:
     [
         {"objective": "throughput"},
         {"tolerance": 1e-3},
-        {"keep_fp32": ["fc"], "precision": "bf16", "tolerance": 0.1},
         {"dynamic_batch": (1, 2, 4)},
-        {"race_budget_s": 100.0},
-        {"x": images(3)},
         {"x": images().to(memory_format=torch.channels_last)},
         {"module": small_conv_net(classes=7)},
     ],
     ids=lambda other: next(iter(other)),
 )
 def test_another_race_is_run(cache: Cache, field: Any, other: dict[str, Any]) -> None:
-    options = {"precision": other["precision"], "tolerance": 0.1} if "precision" in other else {}
-    for given, count in ((options, 1), (other, 2), (other, 2)):
+    for given, count in (({}, 1), (other, 2), (other, 2)):
         model = {"module": small_conv_net(), "backend": "fastest", "cache_dir": cache.folder, **given}
         x = model.pop("x", images())
         on_cpu(**model)(x)

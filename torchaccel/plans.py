@@ -5,6 +5,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,7 +75,8 @@ def serve(
         flavour = plan.manifest.get("flavour")
         try:
             kernels.restore(flavour, device, cache)
-            served = load(plan)
+            with cache.compiling(device) if cache and backend.compiles else nullcontext():
+                served = load(plan)
         except (BuildError, AccuracyError) as error:
             if is_out_of_memory(error):
                 raise
