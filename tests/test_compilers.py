@@ -1,8 +1,6 @@
 """Inductor's and Triton's own caches beside ours: where they are kept, that they are used, that they are bounded."""
 
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,14 +17,6 @@ from torchaccel.errors import CacheWarning
 
 CPU = torch.device("cpu")
 INDUCTOR, TRITON = compilers.FOLDERS.values()
-PROCESS = """
-import sys
-from pathlib import Path
-from torch._dynamo.utils import counters
-from tests.test_compilers import serve
-serve(Path(sys.argv[1]))
-print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
-"""
 
 
 def serve(folder: Path | bool) -> None:
@@ -60,7 +50,7 @@ def write(path: Path, size: int, age_s: int) -> Path:
     return path
 
 
-def test_another_process_finds_what_inductor_made_and_clear_removes_it(
+def test_inductor_keeps_its_files_in_the_cache_which_lists_and_clears_them(
     cache: Cache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if reason := BACKENDS["inductor"].unavailable():
@@ -68,15 +58,14 @@ def test_another_process_finds_what_inductor_made_and_clear_removes_it(
     torch._dynamo.reset()
     serve(cache.folder)
     assert str(cache.folder) not in str(named())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", PROCESS, str(cache.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    hits, misses = map(int, done.stdout.split())
-    assert (hits > 0, misses) == (True, 0)
+    (made,) = cache.compiled()
+    assert (made.kind, made.size_bytes > 0) == ("inductor", True)
+    write(cache.folder / "triton/KERNEL/kernel.cubin", 3 << 20, 0)
     assert main(["cache", "list", "--dir", str(cache.folder)]) == 0
-    assert "of PyTorch's own" in capsys.readouterr().out
-    assert cache.clear()[1] > 0
+    shown = capsys.readouterr().out
+    for part in ("inductor", "triton", "1 of PyTorch's own", "3.0"):
+        assert part in shown, part
+    assert cache.clear() == (2, made.size_bytes + (3 << 20))
     assert cache.compiled() == []
 
 
