@@ -75,6 +75,7 @@ def compete(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledModule]:
         monkeypatch.setattr(compiler, "FIELD", field)
         monkeypatch.setattr(sys.modules[Racer.__module__], "SAMPLES", (40, 80))
         module = small_conv_net() if module is None else module
+        options = {"cache_dir": False, **options}
         return torchaccel.compile(module, "fp32", backend="fastest", device="cpu", **options)
 
     return compiled
@@ -198,7 +199,7 @@ def test_nothing_further_is_built_when_the_budget_is_spent(compete: Any) -> None
 def test_a_race_can_be_had_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "FIELD", (Changed("slow", slower(3)), Changed("fast")))
     for objective in ("latency", "throughput", "stream"):
-        record = torchaccel.race(small_conv_net(), images(), "fp32", device="cpu", objective=objective)
+        record = torchaccel.race(small_conv_net(), images(), "fp32", device="cpu", objective=objective, cache_dir=False)
         assert record.winner.name == "fast"
         assert record.objective == objective
 

@@ -39,7 +39,7 @@ def _list(cache: Cache) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    entries = cache.entries()
+    entries = cache.entries() + cache.compiled()
     total = sum(entry.size_bytes for entry in entries)
     share = f"{len(entries)} entries, {total / 2**20:.1f} of at most {cache.limit_bytes / 2**20:.0f} MiB"
     table = Table("kind", "what", "MiB", "last used", title=f"{cache.folder}: {share}", title_justify="left")

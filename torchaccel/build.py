@@ -3,9 +3,10 @@
 import functools
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ from torchaccel.report import EngineRecord
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call, OutputSpec, flatten
 from torchaccel.weights import WeightStore
+
+Result = TypeVar("Result")
 
 _NOT_REPRODUCED = (
     "The module does not reproduce its own result: for the same inputs it returned another one at a second run. It "
@@ -64,6 +67,21 @@ class Built:
 
 
 @dataclass
+class Captured:
+    """What the builds of all backends for one call begin with: the program, and what the module itself returns."""
+
+    program: Program  # without weights
+    expected: Reference
+    dtypes: tuple[torch.dtype, ...]
+    outputs: OutputSpec
+    export_ms: float
+
+    def copy(self) -> "Captured":
+        """The same with a program of its own: a backend rewrites it."""
+        return replace(self, program=self.program.copy())
+
+
+@dataclass
 class Builder:
     """Builds the engines of one compiled module, with the first of its backends that can."""
 
@@ -73,56 +91,72 @@ class Builder:
     store: WeightStore
     cache: Cache | None = None
 
-    def __call__(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> tuple[Built, Runner]:
+    def __call__(
+        self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, captured: Captured | None = None
+    ) -> tuple[Built, Runner]:
         """A gated plan and its first runner for a call whose tensors, on the device, are `tensors`.
 
         A failed build or gate moves on to the next backend, which only `fallback=` adds, and the record says why.
         """
-        reason, what = "", describe(tensors)
+        if captured is None:
+            captured = self.capture(call, tensors, pool)
+        reason = ""
         for backend in self.backends[:-1]:
-            attempt = functools.partial(self._attempt, backend, call, tensors, pool, reason)
+            attempt = functools.partial(self._attempt, backend, captured.copy(), call, tensors, pool, reason)
             try:
-                return release_on_exhaustion(attempt, what, pool.device, self.options.max_runners)
+                return self._or_release(attempt, tensors, pool)
             except (BuildError, AccuracyError) as error:
                 reason = f"{backend.name} failed: {error}"
-        attempt = functools.partial(self._attempt, self.backends[-1], call, tensors, pool, reason)
-        return release_on_exhaustion(attempt, what, pool.device, self.options.max_runners)
+        attempt = functools.partial(self._attempt, self.backends[-1], captured, call, tensors, pool, reason)
+        return self._or_release(attempt, tensors, pool)
 
-    def _attempt(
-        self, backend: Backend, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str
+    def capture(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> Captured:
+        """The module captured for a call, which takes most of the time that a build from the cache does."""
+        return self._or_release(functools.partial(self._capture, call, tensors), tensors, pool)
+
+    def _or_release(self, work: Callable[[], Result], tensors: Sequence[torch.Tensor], pool: Pool) -> Result:
+        return release_on_exhaustion(work, describe(tensors), pool.device, self.options.max_runners)
+
+    def _capture(self, call: Call, tensors: Sequence[torch.Tensor]) -> Captured:
+        options, expected = self.options, reference(self.module, call, tensors)
+        started = time.perf_counter()
+        program = capture(
+            self.module,
+            call,
+            tensors,
+            PRECISIONS[options.precision],
+            keep_fp32=options.keep_fp32,
+            dynamic_batch=options.dynamic_batch,
+        )
+        export_ms = (time.perf_counter() - started) * 1e3
+        interruption_point()
+        dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
+        return Captured(program, expected, dtypes, expected.output_spec(program.outputs), export_ms)
+
+    def _attempt(  # noqa: PLR0917
+        self, backend: Backend, captured: Captured, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str
     ) -> tuple[Built, Runner]:
         """Build; whatever stops it, the store keeps no weights of an engine that did not come to be."""
         held = self.store.rules()
         try:
-            return self._build(backend, call, tensors, pool, reason)
+            return self._build(backend, captured, call, tensors, pool, reason)
         except BaseException:
             self.store.keep(held)
             raise
 
-    def _build(
-        self, backend: Backend, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str
+    def _build(  # noqa: PLR0917
+        self, backend: Backend, captured: Captured, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str
     ) -> tuple[Built, Runner]:
-        options, precision = self.options, PRECISIONS[self.options.precision]
-        record = EngineRecord(describe(tensors), backend.name, precision.name, fell_back_because=reason)
-        expected = reference(self.module, call, tensors)
-        with _timed(record, "export_ms"):
-            program = capture(
-                self.module,
-                call,
-                tensors,
-                precision,
-                keep_fp32=options.keep_fp32,
-                dynamic_batch=options.dynamic_batch,
-            )
-        record.folded_batch_norms = program.folded
+        options, program = self.options, captured.program
+        record = EngineRecord(describe(tensors), backend.name, options.precision, fell_back_because=reason)
+        record.export_ms, record.folded_batch_norms = captured.export_ms, program.folded
         backend.lower(program)
         self._take_weights(backend, program)
-        dtypes = self._dtypes(call, tensors, program.outputs.computed(expected.leaves), program.outputs)
-        outputs = expected.output_spec(program.outputs)
 
         def load(plan: Plan) -> tuple[Built, Runner]:
-            built = Built(backend, plan, dtypes, outputs, record, options.dynamic_batch is not None)
-            return built, self._load(built, program, call, tensors, expected, pool)
+            dynamic = options.dynamic_batch is not None
+            built = Built(backend, plan, captured.dtypes, captured.outputs, record, dynamic)
+            return built, self._load(built, program, call, tensors, captured.expected, pool)
 
         what = f"{type(self.module).__name__} {record.signature}"
         return serve(backend, program, options, pool.device, cache=self.cache, what=what, record=record, load=load)

@@ -12,10 +12,11 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torchaccel import compilers
 from torchaccel.canonical import canonical, key_digest
 from torchaccel.entries import DamagedError, Entry, head, listed, problem, read
 from torchaccel.errors import CacheWarning, OptionError
@@ -151,6 +152,31 @@ class Cache:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open too
                 os.close(descriptor)
 
+    @contextmanager
+    def compiling(self, device: Any) -> Iterator[None]:
+        """Have Inductor and Triton keep in this cache what is compiled meanwhile for a `torch.device`."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(compilers.kept_in(self.folder, device))
+            except OSError as error:
+                self._complain("write", error)
+            yield
+        try:
+            self._bound()
+        except OSError as error:
+            self._complain("write", error)
+
+    def compiled(self) -> list[Entry]:
+        """What Inductor and Triton have in this cache, each as one entry, where they have anything."""
+        parts, found = compilers.parts(self.folder), []
+        for name in compilers.FOLDERS:
+            path = self.folder / name
+            held = [(used, size) for used, part, size in parts if part.is_relative_to(path)]
+            if held:
+                last_used, size = max(held)[0] / 1e9, sum(size for _, size in held)
+                found.append(Entry(path, name, {"what": f"{len(held)} of PyTorch's own"}, size, last_used, {}))
+        return found
+
     def discard(self, key: Any) -> None:
         """Forget the entry of `key`."""
         with suppress(OSError):
@@ -165,10 +191,13 @@ class Cache:
         return {path: problem(path) for _, path in _by_age(self._entries)}
 
     def clear(self) -> tuple[int, int]:
-        """Remove all entries, and what was moved aside; returns how many files, and how many bytes."""
+        """Remove all entries, what was moved aside and what was compiled; returns how many, and how many bytes."""
         paths = [path for folder in (self._entries, self._damaged) for _, path in _by_age(folder)]
         removed = [_remove(path) for path in paths]
         self._sweep()
+        for entry in self.compiled():
+            removed.append(entry.size_bytes)
+            compilers.remove(entry.path)
         return sum(size is not None for size in removed), sum(filter(None, removed))
 
     def _move_aside(self, path: Path, why: str) -> None:
@@ -180,12 +209,14 @@ class Cache:
 
     def _bound(self) -> None:
         """Remove what was moved aside, then what was unused for longest, until the rest is within the limit."""
-        damaged, kept = _by_age(self._damaged), _by_age(self._entries)
-        files = [(path, _size(path)) for _, path in damaged + kept]
-        total = sum(size for _, size in files)
-        for number, (path, size) in enumerate(files):
+        damaged, kept = (
+            [(used, path, _size(path)) for used, path in _by_age(f)] for f in (self._damaged, self._entries)
+        )
+        parts = damaged + sorted(kept + compilers.parts(self.folder))
+        total = sum(size for _, _, size in parts)
+        for number, (_, path, size) in enumerate(parts):
             if total > self.limit_bytes or number < len(damaged) - DAMAGED_KEPT:
-                _remove(path)
+                compilers.remove(path)
                 total -= size
 
     def _sweep(self) -> None:

@@ -1,5 +1,6 @@
 """torch.export: a program out of a module and one call's arguments."""
 
+import copy
 import logging
 import warnings
 from collections import Counter
@@ -60,6 +61,12 @@ class Program:
         self.rules = {name: replace(rule, channels_last=self.channels_last) for name, rule in self.rules.items()}
         for name, tensor in zip(self.rules, store.get(self.rules.values(), module), strict=True):
             put_weight(self.exported, name, tensor)
+
+    def copy(self) -> "Program":
+        """A program for another backend to rewrite, on the same examples; cheap before it has its weights."""
+        with quiet(), torch.inference_mode(False), torch.no_grad():  # PyTorch 2.11 warns of its own deprecations
+            exported = copy.deepcopy(self.exported)
+        return replace(self, exported=exported, rules=dict(self.rules), operators=Counter(self.operators))
 
     def size_bytes(self) -> int:
         """The memory that its weights take."""

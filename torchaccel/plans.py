@@ -5,6 +5,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,7 +75,8 @@ def serve(
         flavour = plan.manifest.get("flavour")
         try:
             kernels.restore(flavour, device, cache)
-            served = load(plan)
+            with cache.compiling(device) if cache and backend.compiles else nullcontext():
+                served = load(plan)
         except (BuildError, AccuracyError) as error:
             if is_out_of_memory(error):
                 raise
@@ -138,13 +140,13 @@ def plan_key(backend: Backend, program: Program, options: Options, gpu: dict[str
         "precision": [precision.name, str(precision.dtype), precision.tf32],
         "partial": options.partial,
         "gpu": gpu,
-        "versions": _versions(),
+        "versions": versions(),
         "program": program_key(program),
     }
 
 
 @functools.cache
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
     """Of all that has a part in a build, our own code included."""
     known = facts().to_dict()
     return {

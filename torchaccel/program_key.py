@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, SymIntArgument, TensorArgument
 
 from torchaccel.capture import Program
+from torchaccel.prepare import WEIGHT_KINDS
 
 # Operators whose meaning follows from the versions of PyTorch and torchvision.
 NAMESPACES = ("aten", "prims", "torchvision")
@@ -26,15 +27,18 @@ class NoKeyError(Exception):
     """A program holds something that no key says; the message names it."""
 
 
-def program_key(program: Program) -> dict[str, Any]:
-    """What an engine of the program depends on, but for the machine; raises `NoKeyError` where that cannot be said."""
+def program_key(program: Program, *, values: bool = True) -> dict[str, Any]:
+    """What an engine of the program depends on, but for the machine; raises `NoKeyError` where that cannot be said.
+
+    Without `values`, weights count by dtype and layout alone, as they do for an engine's speed.
+    """
     exported = program.exported
     signature = exported.graph_signature
     nodes = {node.name: number for number, node in enumerate(exported.graph.nodes)}
     return {
         "graph": _graph(exported.graph_module),
         "inputs": [
-            [spec.kind.name, spec.target, _argument(spec.arg, nodes), _content_of(exported, spec)]
+            [spec.kind.name, spec.target, _argument(spec.arg, nodes), _content_of(exported, spec, values)]
             for spec in signature.input_specs
         ],
         "outputs": [[spec.kind.name, spec.target, _argument(spec.arg, nodes)] for spec in signature.output_specs],
@@ -56,8 +60,8 @@ def content(tensor: torch.Tensor) -> str:
     return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
-def _content_of(exported: ExportedProgram, spec: Any) -> str | None:
-    if spec.kind not in _TENSORS:
+def _content_of(exported: ExportedProgram, spec: Any, values: bool) -> str | None:
+    if spec.kind not in _TENSORS or (spec.kind in WEIGHT_KINDS and not values):
         return None
     tensor = exported.state_dict.get(spec.target)
     return content(exported.constants[spec.target] if tensor is None else tensor)

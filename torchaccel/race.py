@@ -4,7 +4,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
-from torchaccel.build import Builder, Built, describe
+from torchaccel.backends.base import Backend
+from torchaccel.build import Builder, Built, Captured, describe
+from torchaccel.cache import Cache
 from torchaccel.capture import Program
-from torchaccel.errors import AccuracyError, BuildError, MeasurementWarning
+from torchaccel.errors import AccuracyError, BuildError, CacheWarning, DeviceMemoryError, MeasurementWarning
 from torchaccel.memory import release
 from torchaccel.options import RACE_BUDGET_S
+from torchaccel.program_key import NoKeyError
 from torchaccel.report import RaceEntry, RaceRecord
+from torchaccel.results import race_key, remember, remembered
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call
 from torchaccel.streaming import Ring
@@ -38,14 +42,71 @@ class Racer(Builder):
     out: Mapping[str, str] = field(default_factory=dict)
     races: list[RaceRecord] = field(default_factory=list)
 
-    def __call__(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> tuple[Built, Runner]:
+    def __call__(
+        self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, captured: Captured | None = None
+    ) -> tuple[Built, Runner]:
         """The winner's plan and first runner for a call whose tensors, on the device, are `tensors`.
 
-        What the others built is released. Raises `BuildError` with every reason where nobody is left.
+        Where the cache has the race already, its winner alone is built. Of several processes that want one race, one
+        runs it: two at once would disturb each other's times.
+        """
+        captured = captured or self.capture(call, tensors, pool)
+        cache, key = self.cache, None
+        if cache is not None:
+            with suppress(NoKeyError):  # then each process has a race of its own
+                key = race_key(self.backends, captured.program, tensors, self.options)
+        if cache is None or key is None:
+            return self._race(call, tensors, pool, captured)
+        found = self._remembered(cache, key, call, tensors, pool, captured)
+        if found is None:
+            with cache.lock(key):
+                found = self._remembered(cache, key, call, tensors, pool, captured)
+                if found is None:
+                    found = self._race(call, tensors, pool, captured)
+                    what = f"{type(self.module).__name__} {describe(tensors)} {self.options.precision}"
+                    remember(cache, key, self.races[-1], what)
+        return found
+
+    def _remembered(  # noqa: PLR0917
+        self,
+        cache: Cache,
+        key: dict[str, Any],
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        pool: Pool,
+        captured: Captured,
+    ) -> tuple[Built, Runner] | None:
+        """What the winner of an earlier race builds now; None where there was no such race, or it no longer serves."""
+        race = remembered(cache, key)
+        if race is None:
+            return None
+        winner = next(backend for backend in self.backends if backend.name == race.winner.name)
+        try:
+            found = self._alone(winner)(call, tensors, pool, captured.copy())
+        except DeviceMemoryError:
+            raise
+        except (BuildError, AccuracyError) as error:
+            reason = str(error)
+        else:
+            self.races.append(race)
+            return found
+        cache.discard(key)
+        warnings.warn(f"{winner.name}, a race's winner in the cache, does not serve: {reason}", CacheWarning, 2)
+        return None
+
+    def _alone(self, backend: Backend) -> Builder:
+        return Builder(self.module, self.options, (backend,), self.store, self.cache)
+
+    def _race(
+        self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, captured: Captured
+    ) -> tuple[Built, Runner]:
+        """Build them all, and keep the winner; what the others built is released.
+
+        Raises `BuildError` with every reason where nobody is left.
         """
         held, calls, started = self.store.rules(), pool.calls, time.perf_counter()
         entries = {name: RaceEntry(name, reason=reason) for name, reason in self.out.items()}
-        built = self._build_all(call, tensors, pool, entries)
+        built = self._build_all(call, tensors, pool, captured, entries)
         if not built:
             said = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries.values())
             raise BuildError(f"no backend could serve {describe(tensors)}. {said}")
@@ -62,7 +123,12 @@ class Racer(Builder):
         return best, runner
 
     def _build_all(
-        self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, entries: dict[str, RaceEntry]
+        self,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        pool: Pool,
+        captured: Captured,
+        entries: dict[str, RaceEntry],
     ) -> dict[str, tuple[Built, Runner]]:
         """Who could be built and passed the gate; the entries have the figures, or the reason."""
         built: dict[str, tuple[Built, Runner]] = {}
@@ -76,7 +142,7 @@ class Racer(Builder):
                     continue
                 show(backend.name)
                 try:
-                    found = Builder(self.module, self.options, (backend,), self.store, self.cache)(call, tensors, pool)
+                    found = self._alone(backend)(call, tensors, pool, captured.copy())
                 except (BuildError, AccuracyError) as error:
                     entry.reason = str(error)
                     continue

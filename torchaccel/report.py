@@ -136,12 +136,17 @@ class RaceEntry:
 
 @dataclass(frozen=True)
 class RaceRecord:
-    """One race: the field at one signature, fastest first. Printed, it is a table."""
+    """One race: the field at one signature, fastest first. Printed, it is a table.
+
+    `from_cache` says that the race was run before, mostly by another process: the figures are of then, and this time
+    the winner alone was built.
+    """
 
     signature: str
     objective: str
     entries: tuple[RaceEntry, ...]
     race_ms: float = 0.0
+    from_cache: bool = False
 
     @property
     def winner(self) -> RaceEntry:
@@ -154,6 +159,7 @@ class RaceRecord:
 
     def __rich__(self) -> "Table":
         title = f"race for {self.objective}, {self.signature}: {self.race_ms / 1e3:.1f} s"
+        title += ", from the cache: the figures of an earlier race" if self.from_cache else ""
         return _table(title, _RACE_COLUMNS, [_race_row(entry) for entry in self.entries])
 
     def __str__(self) -> str:

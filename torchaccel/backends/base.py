@@ -78,6 +78,7 @@ class Backend(ABC):
 
     name: str
     native = False  # whether PyTorch itself runs its engines, on the store's weights, in channels-last where it pays
+    compiles = False  # whether loading a plan goes through Inductor or Triton, which have caches of their own
 
     @abstractmethod
     def unavailable(self) -> str | None:

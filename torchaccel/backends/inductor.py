@@ -14,6 +14,8 @@ class Inductor(NativeBackend):
     `autotune` has it try its own templates for matrix products and convolutions, which takes minutes.
     """
 
+    compiles = True
+
     def __init__(self, autotune: bool = False) -> None:
         self._mode = "max-autotune-no-cudagraphs" if autotune else None
         self.name = "inductor-autotuned" if autotune else "inductor"

@@ -1,0 +1,62 @@
+"""Races that outlive their process: what a race's result depends on, the way into the cache and back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchaccel.backends.base import Backend
+from torchaccel.cache import Cache
+from torchaccel.capture import Program
+from torchaccel.environment import distribution_version, facts
+from torchaccel.options import RACE_BUDGET_S, Options
+from torchaccel.plans import versions
+from torchaccel.program_key import program_key
+from torchaccel.provenance import describe_gpu
+from torchaccel.report import RaceEntry, RaceRecord
+
+
+def race_key(
+    backends: Sequence[Backend], program: Program, tensors: Sequence[torch.Tensor], options: Options
+) -> dict[str, Any]:
+    """Everything that a race's result depends on, in plain values; raises `NoKeyError` where that cannot be said.
+
+    The program is as captured, before any backend rewrites it. Weights count by dtype and layout: their values change
+    no time, and the winner is checked with those of now. `tensors` are the call's, on the device of the race.
+    """
+    return {
+        "kind": "race",
+        "field": [[backend.name, backend.library()] for backend in backends],
+        "objective": options.objective,
+        "precision": options.precision,
+        "bound": options.bound,
+        "partial": options.partial,
+        "cuda_graph": options.cuda_graph,
+        "budget_s": float(options.race_budget_s or RACE_BUDGET_S),
+        "device": describe_device(tensors[0].device),
+        "versions": {**versions(), "triton": distribution_version("triton")},
+        "inputs": [[str(tensor.dtype), list(tensor.shape), list(tensor.stride())] for tensor in tensors],
+        "program": program_key(program, values=False),
+    }
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What of a device the time of an engine depends on."""
+    if device.type == "cuda":
+        return describe_gpu(device)
+    return {"name": facts().cpu, "threads": torch.get_num_threads()}
+
+
+def remembered(cache: Cache, key: dict[str, Any]) -> RaceRecord | None:
+    """The race that the cache has under a key, marked as such; None where there is none."""
+    entry = cache.get(key)
+    if entry is None:
+        return None
+    race = entry.info["race"]
+    entries = tuple(RaceEntry(**entry) for entry in race["entries"])
+    return RaceRecord(**{**race, "entries": entries, "from_cache": True})
+
+
+def remember(cache: Cache, key: dict[str, Any], race: RaceRecord, what: str) -> None:
+    """Keep a race; `what` is for people, in listings."""
+    cache.put(key, {}, {"what": f"{what} for {race.objective}: {race.winner.name}", "race": race.to_dict()})
