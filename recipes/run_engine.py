@@ -17,7 +17,7 @@ import torch
 
 from recipes.engine_manifest import Manifest, ManifestError, Tensor, read
 from torchaccel import trt
-from torchaccel.backends.base import Plan
+from torchaccel.backends.base import Plan, tensorrt_honours
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.environment import device_problem, gpus
 from torchaccel.errors import MeasurementWarning, TorchAccelError
@@ -85,7 +85,7 @@ def usable_gpu(manifest: Manifest) -> torch.device:
     if not gpus():
         sys.exit(f"{manifest.engine} needs an NVIDIA GPU to run: {device_problem(manifest.flavour)}")
     device = torch.device("cuda", torch.cuda.current_device())
-    if problem := device_problem(manifest.flavour, device.index):
+    if problem := tensorrt_honours(manifest.flavour, PRECISIONS[manifest.precision], device):
         sys.exit(f"{manifest.engine} cannot run here: {problem}")
     gpu = gpus()[device.index]
     here = ".".join(map(str, gpu.compute_capability))

@@ -1,5 +1,6 @@
 """From a call to a gated engine, and what happens when a step fails."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -169,6 +170,33 @@ def test_a_dynamic_engine_is_checked_at_its_minimum_optimum_and_maximum() -> Non
     x = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
         assert relative_error(runner([x])[0], module(x)) < 1e-6
+
+
+class Unsteady(Eager):
+    """An engine whose third run is off, as that of kernels that race."""
+
+    name = "unsteady"
+
+    def __init__(self, native: bool) -> None:
+        self.native = native
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        engine, runs = super().load(plan, device), itertools.count(1)
+        real = engine.__call__
+
+        class Raced(type(engine)):  # type: ignore[misc]
+            def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                off = 1.05 if next(runs) == 3 else 1.0
+                return tuple(output * off for output in real(*inputs))
+
+        engine.__class__ = Raced
+        return engine
+
+
+def test_an_engine_that_does_not_repeat_itself_is_refused() -> None:
+    with pytest.raises(AccuracyError, match="does not repeat itself"):
+        build(small_conv_net(), torch.randn(1, 3, 8, 8), Unsteady(native=False))
+    build(small_conv_net(), torch.randn(1, 3, 8, 8), Unsteady(native=True))  # PyTorch's own kernels are run once
 
 
 @pytest.mark.parametrize("wrong_from", [1, 2, 8])

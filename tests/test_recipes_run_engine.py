@@ -125,17 +125,19 @@ def test_an_engine_of_another_version_is_refused(engine):
 
 
 @pytest.mark.parametrize(
-    ("made_for", "here", "message"),
+    ("made_for", "gpu", "message"),
     [
-        ([9, 0], (8, 9), "was built on NVIDIA A, compute capability 9.0, and here is NVIDIA B, 8.9"),
-        (None, (7, 5), "is for Ampere and later GPUs, compute capability 8.0; NVIDIA B has 7.5"),
-        ([9, 0], (9, 0), None),
-        (None, (8, 0), None),
+        ([9, 0], ((8, 9), None), "was built on NVIDIA A, compute capability 9.0, and here is NVIDIA B, 8.9"),
+        (None, ((7, 5), None), "is for Ampere and later GPUs, compute capability 8.0; NVIDIA B has 7.5"),
+        (None, ((9, 0), "its tf32 results do not repeat"), "cannot run here: its tf32 results do not repeat"),
+        ([9, 0], ((9, 0), None), None),
+        (None, ((8, 0), None), None),
     ],
 )
-def test_an_engine_for_another_gpu_is_refused(monkeypatch, engine, made_for, here, message):
+def test_an_engine_for_another_gpu_is_refused(monkeypatch, engine, made_for, gpu, message):
+    here, refused = gpu
     monkeypatch.setattr(run_engine, "gpus", lambda: (Gpu(0, "NVIDIA B", here, 1000),))
-    monkeypatch.setattr(run_engine, "device_problem", lambda *_: None)
+    monkeypatch.setattr(run_engine, "tensorrt_honours", lambda *_: refused)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     manifest = dataclasses.replace(engine_manifest.read(engine), gpu="NVIDIA A", compute_capability=made_for)
     if message is None:

@@ -34,6 +34,12 @@ _NOT_REPRODUCED = (
     "depends on something besides its inputs and weights, such as a global variable, which an engine cannot follow."
 )
 
+_RACES = (
+    "It passed a moment before, on the same inputs: the engine does not repeat itself, as kernels that race do not. "
+    "Another precision or backend has other kernels."
+)
+REPEATS = 8  # further runs of a TensorRT engine in the gate
+
 
 @dataclass
 class Built:
@@ -231,10 +237,18 @@ class Builder:
             outputs = runner.check(tensors)
         dtypes = [tensor.dtype for tensor in (*tensors, *self.module.parameters(), *self.module.buffers())]
         bound = self.options.bound_beside(dtypes)
-        gate = compare_outputs(outputs, built.outputs.computed(leaves), bound, batch)
+        expected = built.outputs.computed(leaves)
+        gate = compare_outputs(outputs, expected, bound, batch)
         built.record.gates += (gate,)
         advice = "" if gate.passed else self._advice(built, call, tensors, leaves, gate.not_finite)
         require(gate, built.backend.name, self.options.precision, advice)
+        for _ in range(0 if built.backend.native else REPEATS):
+            with torch.inference_mode(False), torch.no_grad(), _running(built.backend):
+                again = runner.check(tensors)
+            if not all(map(torch.equal, again, outputs)):
+                require(
+                    compare_outputs(again, expected, bound, batch), built.backend.name, self.options.precision, _RACES
+                )
         if any(output.is_zero for output in gate.outputs):
             warnings.warn(
                 f"{type(self.module).__name__} returns next to nothing but zeros for these inputs, so comparing them "

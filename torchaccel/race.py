@@ -29,6 +29,7 @@ from torchaccel.timing import Comparison, compare
 
 SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
 WARM_UP = 20  # calls; the gate has run each of them before
+FEWEST, TIMED_MS = 5, 20_000  # samples of slow candidates: as many as fit into that time, or the fewest
 STREAMED = 8  # batches in a sample of the objective "stream"
 
 
@@ -187,14 +188,17 @@ class Racer(Builder):
 
 
 def _compare(trials: Mapping[str, Callable[[], object]], device: torch.device) -> Comparison:
-    """Interleaved timings, until the lead of the fastest is outside noise or the samples are at their most."""
-    for samples in SAMPLES:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", MeasurementWarning)
-            comparison = compare(trials, samples=samples, warmup=WARM_UP, device=device)
-        others = [name for name in trials if name != comparison.fastest]
-        if all(comparison.ratio(name, comparison.fastest).low > 1 for name in others):
-            break
+    """Interleaved timings, until the lead of the fastest is outside noise, or the samples or the time at their most."""
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", MeasurementWarning)
+        once = compare(trials, samples=1, warmup=1, device=device)
+        most = max(FEWEST, int(TIMED_MS / sum(timing.median_ms for timing in once.timings.values())))
+        for samples in SAMPLES:
+            count = min(samples, most)
+            comparison = compare(trials, samples=count, warmup=min(WARM_UP, count), device=device)
+            others = [name for name in trials if name != comparison.fastest]
+            if count == most or all(comparison.ratio(name, comparison.fastest).low > 1 for name in others):
+                break
     return comparison
 
 

@@ -72,7 +72,7 @@ def test_the_command_prints_latency_and_throughput(
 
 
 def test_an_engine_of_another_version_or_gpu_is_refused(onnx_file: Path, tmp_path: Path) -> None:
-    original = engine_of(onnx_file, "tf32")
+    original = engine_of(onnx_file, "fp16")
     engine = tmp_path / original.name
     engine.write_bytes(original.read_bytes())
     manifest = json.loads(original.with_suffix(".json").read_text())
@@ -92,7 +92,7 @@ def test_an_engine_of_another_version_or_gpu_is_refused(onnx_file: Path, tmp_pat
 
 
 def test_outputs_that_are_not_finite_end_with_an_error(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of(onnx_file, "tf32")
+    engine = engine_of(onnx_file, "fp16")
     noise = run_engine.random_inputs
     monkeypatch.setattr(run_engine, "random_inputs", lambda *given: [tensor * torch.inf for tensor in noise(*given)])
     with pytest.raises(SystemExit) as stopped:

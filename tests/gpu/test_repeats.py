@@ -1,0 +1,42 @@
+"""A TensorRT engine repeats itself, bit for bit, on a GPU that it has to itself.
+
+TensorRT-RTX 1.4's tf32 does not on Hopper GPUs, which is why it is refused there: kernels overlap that must not. With a
+second process on the GPU three of four results of ResNet-18 were off; alone, one of a thousand.
+"""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import torchaccel
+from tests.gpu.helpers import need
+from tests.models import ZOO
+
+SECONDS = 3.0
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "batch", "options"),
+    [
+        ("onnx_tensorrt", "fp16", 4, {"dynamic_batch": (1, 4, 8), "cuda_graph": False}),
+        ("torch_tensorrt", "fp16", 32, {}),
+        ("onnx_tensorrt", "bf16", 8, {}),
+        ("fused", "fp16", 8, {}),
+    ],
+)
+def test_every_call_gives_the_same_bits(backend: str, precision: str, batch: int, options: dict[str, Any]) -> None:
+    need(backend, precision)
+    model = torchaccel.compile(ZOO["resnet18"].module(), precision, backend=backend, **options)
+    x = torch.randn(batch, 3, 224, 224, device="cuda")
+    with torch.inference_mode():
+        first = model(x)
+        differing, calls, started = torch.zeros((), device="cuda"), 0, time.perf_counter()
+        while time.perf_counter() - started < SECONDS:
+            for _ in range(100):
+                differing += (model(x) != first).any()
+            calls += 100
+            torch.cuda.synchronize()
+    print(f"{backend} {precision} batch {batch}: {calls} calls")
+    assert differing.item() == 0
