@@ -105,10 +105,10 @@ def test_whatever_an_engine_depends_on_is_another_plan(cache: Cache, monkeypatch
     others = [key_of(backend, **variant) for variant in variants]
     assert len({key_digest(one) for one in (key, *others)}) == 1 + len(variants)
     assert [key_of(backend, **variant) for variant in variants] == others
-    versions = plans._versions()
+    versions = plans.versions()
     for name in versions:
         with monkeypatch.context() as patch:
-            patch.setattr(plans, "_versions", lambda name=name: {**versions, name: "another"})
+            patch.setattr(plans, "versions", lambda name=name: {**versions, name: "another"})
             assert key_of(backend) != key, name
     assert not find(cache, backend, **variants[0]).from_cache
     assert {"driver", "cuda", "torch", "torch_tensorrt", "tensorrt", "tensorrt_rtx", "torchaccel"} <= set(versions)

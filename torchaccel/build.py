@@ -157,7 +157,6 @@ class Builder:
         record = EngineRecord(describe(tensors), backend.name, options.precision, fell_back_because=reason)
         record.export_ms, record.folded_batch_norms = captured.export_ms, program.folded
         backend.lower(program)
-        self._take_weights(backend, program)
 
         def load(plan: Plan) -> tuple[Built, Runner]:
             dynamic = options.dynamic_batch is not None
@@ -165,7 +164,12 @@ class Builder:
             return built, self._load(built, program, call, tensors, captured.expected, pool)
 
         what = f"{type(self.module).__name__} {record.signature}"
-        return serve(backend, program, options, pool.device, cache=self.cache, what=what, record=record, load=load)
+        try:
+            self._take_weights(backend, program)
+            return serve(backend, program, options, pool.device, cache=self.cache, what=what, record=record, load=load)
+        except BaseException:
+            program.drop_weights()  # whoever holds the error may hold the program
+            raise
 
     def rebuild(self, built: Built, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> Runner:
         """Build a stale plan again, for the weights of now, from the program that it left; returns its first runner.
