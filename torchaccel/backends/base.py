@@ -172,7 +172,7 @@ def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -
         return problem
     if flavour == "tensorrt_rtx" and precision.tf32 and torch.cuda.get_device_capability(device) >= (9, 0):
         return (
-            f"{trt.FLAVOURS[flavour]}'s tf32 results do not repeat on Hopper GPUs and later: now and then one is off, by "
+            f"{trt.FLAVOURS[flavour]}'s tf32 results do not repeat on Hopper GPUs and later: one is off at times, by "
             "up to 14 % (measured on an H200 with TensorRT-RTX 1.4); ask for 'fp16', 'bf16' or another backend"
         )
     return flavour_honours(flavour, precision) or gpu_honours(precision, device)
