@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Verify torchaccel on this machine's GPU, with whichever TensorRT is installed, and write one JSON file to send back.
 #
-#   recipes/verify_gpu.sh [FILE]
+#   recipes/verify_gpu.sh [FILE [OPTION...]]
 #
 # It runs the GPU tests and the ResNet-18 benchmark against the rivals. A part that fails stops none of the others; the
 # file has the end of its log. FILE is replaced whole or not at all; the exit status is 0 only if everything passed.
-# PYTHON names another interpreter, VERIFY_LIMIT_S the seconds that one part may take (3600).
+# OPTIONs go to the benchmark: `--compile-modes reduce-overhead` spares minutes of torch.compile's search.
+# PYTHON names another interpreter, PYTEST_ADDOPTS has further options for pytest, VERIFY_LIMIT_S the seconds that one
+# part may take (3600).
 set -euo pipefail
 
 say() { printf '%s\n' "verify_gpu: $*" >&2; }
@@ -14,13 +16,13 @@ fail() {
   exit 2
 }
 
-[ $# -le 1 ] || fail "usage: recipes/verify_gpu.sh [FILE]"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$(command -v python || command -v python3 || true)}
 [ -n "$python" ] || fail "there is no python on the path; name one in PYTHON"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader) || fail "nvidia-smi finds no NVIDIA GPU on this machine"
 slug=$(head -n 1 <<<"$gpu" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' -)
 output=$(realpath -m "${1:-torchaccel-$slug-$(date -u +%Y%m%dT%H%M%SZ).json}")
+shift $(($# > 0))
 mkdir -p "$(dirname "$output")"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -44,7 +46,7 @@ from torchaccel.provenance import provenance
 json.dump({**provenance(), "environment": environment().to_dict()}, open(sys.argv[1], "w"))'
 part environment "$python" -c "$describe" "$work/environment.json"
 part tests "$python" -m pytest tests/gpu -p no:cacheprovider --junitxml "$work/tests.xml"
-part benchmark "$python" -m benchmarks.resnet18 --peers --json "$work/benchmark.json"
+part benchmark "$python" -m benchmarks.resnet18 --peers --json "$work/benchmark.json" "$@"
 
 # Merge what is there; -I, because this must work where the packages here do not
 "$python" -I - "$work" "$output" <<'MERGE'

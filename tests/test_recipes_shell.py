@@ -309,7 +309,7 @@ def checkout(machine: Machine) -> Path:
 
 
 def test_verify_writes_one_file_with_everything(machine: Machine, checkout: Path) -> None:
-    done = machine.run(checkout, "out/result.json")
+    done = machine.run(checkout, "out/result.json", "--compile-modes", "reduce-overhead")
     assert done.returncode == 0, done.stderr
     result = json.loads((machine.folder / "out" / "result.json").read_text())
     assert result["ok"] is True
@@ -331,6 +331,7 @@ def test_verify_writes_one_file_with_everything(machine: Machine, checkout: Path
     ]
     assert result["parts"][2]["log_tail"] == ["output of the benchmark"]
     assert "-m benchmarks.resnet18 --peers --json" in machine.log.read_text()
+    assert "benchmark.json --compile-modes reduce-overhead" in machine.log.read_text()
     assert [path.name for path in (machine.folder / "out").iterdir()] == ["result.json"]  # no temporary left
     assert "output of the tests" in done.stdout
 
