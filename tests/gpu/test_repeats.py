@@ -14,7 +14,7 @@ import torchaccel
 from tests.gpu.helpers import need
 from tests.models import ZOO
 
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 @pytest.mark.parametrize(

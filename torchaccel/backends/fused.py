@@ -24,6 +24,7 @@ class Fused(NativeBackend):
     """
 
     name = "fused"
+    compiles = True
 
     def __init__(self, passes: Sequence[Any] | None = None, routes: Sequence[str] = ("plain", "inductor")) -> None:
         self._passes = passes
