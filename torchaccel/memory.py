@@ -26,21 +26,23 @@ def release_on_exhaustion(work: Callable[[], Result], what: str, device: torch.d
     """
     try:
         return work()
-    except DeviceMemoryError:
-        raise
+    except DeviceMemoryError as error:  # from within: its frames hold what was begun
+        said = str(error)
     except (RuntimeError, MemoryError) as error:
         cause = _cause(error)
         if cause is None:
             raise
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         del cause
+        said = (
+            f"out of memory on {device} while an engine for {what} was made ready: {reason}\n"
+            f"What was begun is released, and the module is as it was: call again after freeing memory, with a smaller "
+            f"batch, or with a smaller max_runners (it is {max_runners}), the number of signatures whose buffers are "
+            f"kept."
+        )
     # Only here is the error gone, and with it the frames that hold the tensors of what was begun.
     release(device)
-    raise DeviceMemoryError(
-        f"out of memory on {device} while an engine for {what} was made ready: {reason}\n"
-        f"What was begun is released, and the module is as it was: call again after freeing memory, with a smaller "
-        f"batch, or with a smaller max_runners (it is {max_runners}), the number of signatures whose buffers are kept."
-    )
+    raise DeviceMemoryError(said)
 
 
 def release(device: torch.device) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.helpers import assert_served_afresh, captured, engine_weights, on_cpu, relative_error, settled
+from tests.models import small_conv_net
 from torchaccel.backends import fused
 from torchaccel.backends.fused import Fused
 from torchaccel.errors import BuildError
@@ -105,3 +106,13 @@ def test_where_no_route_works_the_error_has_the_reason(program: Any, monkeypatch
     backend = Fused(routes=("failing",))
     with pytest.raises(BuildError, match=r"could not be run .*no kernel for this"):
         backend.load(backend.build(program, PRECISIONS["fp32"], CPU), CPU)
+
+
+def test_one_engine_serves_every_batch_of_a_range() -> None:
+    module = small_conv_net()
+    model = on_cpu(module, backend="fused", dynamic_batch=(1, 4, 8))
+    with torch.no_grad():
+        for size in (1, 3, 8):
+            x = torch.randn(size, 3, 16, 16)
+            assert relative_error(model(x), module(x)) < 1e-5
+    assert model.report().builds == 1

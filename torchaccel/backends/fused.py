@@ -150,7 +150,7 @@ _NO_WORK = {"linear", "flatten", "view", "reshape", "permute", "transpose", "squ
 def _tried(routes: tuple[str, ...], program: Program, device: torch.device) -> tuple[str, ...]:
     """The routes to time: on a CPU, and where Inductor would find nothing to merge, the first alone.
 
-    So also for a dynamic batch: Inductor binds the program's symbolic size to that of the example (PyTorch 2.11).
+    So also for a dynamic batch: the times at one size say little of the others.
     """
     can_gain = device.type == "cuda" and program.batch is None and _leaves_work(program)
     return routes if can_gain else routes[:1]

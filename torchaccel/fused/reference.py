@@ -55,7 +55,8 @@ def mean_pixels(x: torch.Tensor) -> torch.Tensor:
 
 def pad_channels(x: torch.Tensor, channels: int) -> torch.Tensor:
     """`x` with channels of zeros behind its own, `channels` in all."""
-    return _channels_last(functional.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])))
+    zeros = x.new_zeros(x.shape[0], channels - x.shape[1], *x.shape[2:])
+    return _channels_last(torch.cat([x, zeros], 1))  # `pad` would bind a batch that is traced as a symbol
 
 
 def attention(
