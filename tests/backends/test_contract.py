@@ -127,15 +127,19 @@ def test_turing_has_neither_tf32_nor_bf16(
         assert name in str(reasons[name])
 
 
-def test_tensorrt_rtx_is_never_asked_for_ieee_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_rtx_is_never_asked_for_ieee_fp32_nor_on_hopper_for_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchaccel.backends import base
 
     monkeypatch.setattr(base, "device_problem", lambda flavour, index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert "TF32" in str(base.tensorrt_honours("tensorrt_rtx", FP32, GPU))
     assert base.tensorrt_honours("tensorrt", FP32, GPU) is None
-    for name in ("tf32", "fp16", "bf16"):
+    for name in ("fp16", "bf16"):
         assert base.tensorrt_honours("tensorrt_rtx", PRECISIONS[name], GPU) is None
+    assert "do not repeat" in str(base.tensorrt_honours("tensorrt_rtx", PRECISIONS["tf32"], GPU))
+    assert base.tensorrt_honours("tensorrt", PRECISIONS["tf32"], GPU) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert base.tensorrt_honours("tensorrt_rtx", PRECISIONS["tf32"], GPU) is None
     monkeypatch.setattr(base, "device_problem", lambda flavour, index: f"{flavour} does not know this GPU")
     assert base.tensorrt_honours("tensorrt_rtx", PRECISIONS["fp16"], GPU) == "tensorrt_rtx does not know this GPU"
 
