@@ -179,8 +179,11 @@ def _graph(module: Callable[[Tensor], Any], inputs: Tensor, stay: ExitStack) -> 
             module(static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    # Else cuBLAS would go on in a workspace of the graph before, which goes with that.
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph):
         output = module(static)
+    torch._C._cuda_clearCublasWorkspaces()
 
     def call(_weights: object = module) -> Any:  # the graph reads them where they lie, so they have to stay
         static.copy_(inputs)
