@@ -18,6 +18,7 @@ import torchaccel
 from benchmarks import readme_table, results_file
 from benchmarks.readme_table import BLOCK, block, measured_commit, render, tree_of, updated
 from tests.models import small_conv_net
+from torchaccel import compiler
 from torchaccel.backends.inductor import Inductor
 from torchaccel.race import Racer
 
@@ -226,6 +227,7 @@ def test_the_examples_run(monkeypatch, capsys, entry_points):
     monkeypatch.setattr(torchvision.models, "resnet18", lambda: small_conv_net(1000))
     if not torch.cuda.is_available():
         monkeypatch.setattr(Inductor, "unavailable", lambda _: "the test has no time for a compiler")
+        monkeypatch.setattr(compiler, "FIELD", (compiler.BACKENDS["eager"],))
     monkeypatch.setattr(sys.modules[Racer.__module__], "SAMPLES", (5,))
     session = {}
     with warnings.catch_warnings():

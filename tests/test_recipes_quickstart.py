@@ -10,15 +10,12 @@ import pytest
 import torch
 from torchvision.models import ResNet18_Weights, resnet18
 
-from torchaccel.compiler import BACKENDS
-
 pytest.importorskip("skimage", reason="the picture comes with scikit-image")
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ResNet18_Weights.DEFAULT
 
 
-@pytest.mark.skipif(bool(BACKENDS["inductor"].unavailable()), reason="no compiler")
 def test_it_prints_the_three_likeliest_classes(tmp_path):
     cache = tmp_path / "hub" / "checkpoints" / Path(WEIGHTS.url).name
     cache.parent.mkdir(parents=True)
@@ -27,7 +24,8 @@ def test_it_prints_the_three_likeliest_classes(tmp_path):
     with torch.no_grad():
         module.fc.bias[WEIGHTS.meta["categories"].index("tabby")] = 50
     torch.save(module.state_dict(), cache)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(tmp_path)}
+    # Without a GPU, and without a C++ compiler for Inductor, PyTorch's own kernels serve.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(tmp_path), "CXX": "no-such-compiler"}
     command = (sys.executable, ROOT / "recipes" / "quickstart.py")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
