@@ -253,8 +253,13 @@ class Runner:
         random_state = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
         try:
+            # cuBLAS's workspace of this stream, made in the warm-up, is not the graph's: whoever clears the workspaces,
+            # as torch.compile's graphs do, would free it. So the capture makes one, in the pool; and no other graph
+            # gets that one, which goes with the pool.
+            torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
                 self._results = self._engine(*self._inputs)
+            torch._C._cuda_clearCublasWorkspaces()
             self._graph, self.record.graph = graph, True
         except RuntimeError as error:
             if is_out_of_memory(error):

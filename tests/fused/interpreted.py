@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from torchaccel.fused import triton_kernels as kernels
-from torchaccel.fused.reference import ACTIVATIONS, conv_bias_act
+from torchaccel.fused import triton_linear
+from torchaccel.fused.reference import ACTIVATIONS, conv_bias_act, linear_act
 
 LAST = torch.channels_last
 
@@ -69,8 +70,19 @@ def depthwise() -> None:
             torch.testing.assert_close(result, expected)
 
 
+def linear() -> None:
+    x, weight, bias = torch.randn(70, 72).half(), torch.randn(40, 72).half(), torch.randn(40).half()
+    for activation in triton_linear.ACTIVATIONS:
+        for given in (bias, None):
+            tiles = triton_linear.Tiles(32, 16, 32, 1, 4, False)
+            y = torch.full((70, 40), float("nan")).half()
+            result = triton_linear.linear(x, weight, given, y, activation, tiles)
+            wide = (None if tensor is None else tensor.float() for tensor in (x, weight, given))
+            torch.testing.assert_close(result.float(), linear_act(*wide, activation), rtol=1e-3, atol=1e-3)
+
+
 if __name__ == "__main__":
-    for kernel in (max_pool, mean_pixels, pad_channels, depthwise):
+    for kernel in (max_pool, mean_pixels, pad_channels, depthwise, linear):
         torch.manual_seed(0)
         try:
             kernel()

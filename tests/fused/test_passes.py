@@ -1,6 +1,5 @@
 """Each pass on programs that it should rewrite and on programs that it must leave alone: equal in fp32, on a CPU."""
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,50 +8,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.helpers import Lambda, captured, relative_error, settled
+from tests.fused.programs import CPU, FP32, check, lowered, operators
+from tests.helpers import Lambda, relative_error, settled
 from torchaccel.backends.fused import Fused
 from torchaccel.backends.inductor import Inductor
 from torchaccel.capture import Program
-from torchaccel.fused import convolutions
-from torchaccel.fused.passes import PASSES, rewrite
-from torchaccel.precision import PRECISIONS
+from torchaccel.fused import cudnn_plans
+from torchaccel.fused.passes import PASSES
 from torchaccel.weights import WeightStore
-
-CPU = torch.device("cpu")
-FP32 = PRECISIONS["fp32"]
-
-
-def lowered(module: nn.Module, *inputs: torch.Tensor, run: Any = PASSES, **options: Any) -> Program:
-    """The program of a module, rewritten by these passes."""
-    program = captured(module, *inputs, **options)
-    rewrite(program, run)
-    return program
-
-
-def operators(program: Program) -> Counter[str]:
-    """How often each operator stands in a program, by its short name."""
-    nodes = [node for node in program.exported.graph.nodes if node.op == "call_function"]
-    return Counter(str(node.target).rsplit(".", 1)[0].removeprefix("aten.") for node in nodes)
 
 
 def activations(program: Program) -> list[str]:
     """The activation of each convolution of ours, with a + for a residual."""
     nodes = [node for node in program.exported.graph.nodes if "conv_bias_act" in str(node.target)]
     return [("+" if node.args[3] is not None else "") + str(node.args[8]) for node in nodes]
-
-
-@torch.no_grad()
-def check(program: Program, module: nn.Module, *inputs: torch.Tensor, channels_last: bool = True) -> None:
-    """The rewritten program computes what the module does, to fp32's rounding, in the layout that it is served in."""
-    program.take_weights(WeightStore(), module, channels_last=channels_last)
-    backend = Fused(passes=())
-    engine = backend.load(backend.build(program, FP32, CPU), CPU)
-    results = engine(*(engine.input_buffer(index, tensor) for index, tensor in enumerate(inputs)))
-    expected = module(*inputs)
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    for result, wanted in zip(results, expected, strict=True):
-        assert result.shape == wanted.shape
-        assert relative_error(result, wanted) < 2e-6
 
 
 def conv(channels: int, out: int | None = None, size: int = 3, **options: Any) -> nn.Conv2d:
@@ -143,7 +112,7 @@ def block(function: Callable[..., Any]) -> nn.Module:
 def test_convolutions_take_in_what_follows_them_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, expected = FUSED.get(name) or BY_PLANS.get(name) or (LEFT[name], [])
     if name in BY_PLANS:
-        monkeypatch.setattr(convolutions, "_has_plans", lambda conv: True)
+        monkeypatch.setattr(cudnn_plans, "possible", lambda x: True)
     module, x = block(function), images()
     program = lowered(module, x)
     found = activations(program)
@@ -301,7 +270,7 @@ def test_patches_are_one_matrix_product(layer: nn.Conv2d, taken: bool) -> None:
     check(program, module, x)
 
 
-# --- pools, attention, no-ops ---
+# --- pools, no-ops ---
 
 
 @pytest.mark.parametrize(
@@ -351,23 +320,6 @@ def test_means_over_pixels_behind_an_operator_of_ours_are_too(function: Callable
     program = lowered(module, x)
     assert operators(program)["torchaccel.mean_pixels"] == ours
     check(program, module, x)
-
-
-def test_attention_is_chosen_but_not_where_it_drops_or_groups() -> None:
-    x = torch.randn(2, 4, 5, 8)
-    mask = torch.ones(5, 5, dtype=torch.bool).tril()
-    attend = functional.scaled_dot_product_attention
-    for function, ours in (
-        (lambda m, x: attend(x, x * 2, x), 1),
-        (lambda m, x: attend(x, x * 2, x, mask.clone(), scale=0.3), 1),
-        (lambda m, x: attend(x, x * 2, x, is_causal=True), 1),
-        (lambda m, x: attend(x, x[:, :2], x[:, :2], enable_gqa=True), 0),
-        (lambda m, x: attend(x[0], x[0], x[0]), 0),
-    ):
-        module = Lambda(function).eval()
-        program = lowered(module, x)
-        assert operators(program)["torchaccel.attention"] == ours
-        check(program, module, x)
 
 
 def test_dropout_and_casts_to_the_same_dtype_are_dropped() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.helpers import captured, relative_error, settled
 from torchaccel.backends.fused import Fused
-from torchaccel.fused import convolutions
+from torchaccel.fused import cudnn_plans
 from torchaccel.fused.passes import rewrite
 from torchaccel.precision import PRECISIONS
 from torchaccel.weights import WeightStore
@@ -64,7 +64,7 @@ class Drawn(nn.Module):
 @pytest.mark.parametrize("by_plans", [False, True], ids=["", "cudnn's plans"])
 @torch.no_grad()
 def test_networks_at_random_compute_the_same(by_plans: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolutions, "_has_plans", lambda conv: by_plans)
+    monkeypatch.setattr(cudnn_plans, "possible", lambda x: by_plans)
     found: Counter[str] = Counter()
     for seed in range(60):
         module, x = settled(Drawn(seed)), torch.randn(2, 3, 9, 7)

@@ -161,9 +161,40 @@ def test_attention_computes_what_pytorch_does(dtype: torch.dtype, masked: bool) 
 
     query, key, value = (torch.randn(2, 49, 4, 64, device="cuda").to(dtype).transpose(1, 2) for _ in range(3))
     mask = torch.rand(2, 1, 49, 49, device="cuda") > 0.3 if masked else None
-    result = torch.ops.torchaccel.attention(query, key, value, mask, False, None)
+    result = torch.ops.torchaccel.attention(query, key, value, mask, False, None, [0, 2, 1, 3])
     doubles = [tensor.double() for tensor in (query, key, value)]
     assert apart(result, functional.scaled_dot_product_attention(*doubles, mask)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 1, 3]], ids=str)
+def test_attention_reads_any_strides_and_writes_the_layout_that_it_is_told(order: list[int]) -> None:
+    from torchaccel.fused import operators  # noqa: F401
+
+    packed = torch.randn(197, 2, 3, 12, 64, device="cuda").half()
+    tensors = [packed.select(2, index).permute(1, 2, 0, 3) for index in range(3)]
+    result = torch.ops.torchaccel.attention(*tensors, None, False, None, order)
+    assert result.permute(order).is_contiguous()
+    doubles = [tensor.double() for tensor in tensors]
+    assert apart(result, functional.scaled_dot_product_attention(*doubles)) < BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "gelu", "gelu_tanh"])
+def test_a_linear_layer_computes_what_pytorch_does(activation: str, dtype: torch.dtype) -> None:
+    from torchaccel.fused import gpu, reference, triton_linear
+
+    for with_bias in (True, False):
+        x, weight = (torch.randn(shape, device="cuda").to(dtype) for shape in ((201, 264), (520, 264)))
+        bias = torch.randn(520, device="cuda").to(dtype) if with_bias else None
+        with tf32_state(False), torch.no_grad():
+            result = torch.ops.torchaccel.linear_act(x, weight, bias, activation)
+            doubles = [None if tensor is None else tensor.double() for tensor in (x, weight, bias)]
+            expected = reference.linear_act(*doubles, activation)
+            assert apart(result, expected) < BOUNDS[dtype]
+            if triton_linear.takes(x, weight, activation):
+                for tiles in triton_linear.TILES:
+                    result = gpu._triton_linear(x, weight, bias, activation, tiles)
+                    assert apart(result, expected) < BOUNDS[dtype], tiles
 
 
 # --- models ---

@@ -202,3 +202,19 @@ def test_runners_beyond_the_limit_go_and_come_back_without_a_build() -> None:
             model(images(batch))
     assert model.report().builds == 3
     assert len(model.report().runners) == 2
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["cuBLASLt", "cuBLAS"])
+def test_a_graph_reads_no_workspace_of_cublas_that_others_may_clear(bias: bool) -> None:
+    """torch.compile's graphs clear them all: what the warm-up's was is then anybody's memory."""
+    module = torch.nn.Linear(16384, 64, bias=bias).cuda()  # a long sum, which is split over the workspace
+    model = torchaccel.compile(module, "fp16", backend="eager")
+    x = torch.randn(64, 16384, device="cuda")
+    with torch.inference_mode():
+        expected = model(x)
+        torch._C._cuda_clearCublasWorkspaces()
+        with torch.cuda.stream(model.runner_for(x).pool.capture_stream):
+            others = [torch.zeros(mib << 20, dtype=torch.uint8, device="cuda") for mib in (32, 32, 1, 1)]
+        torch.cuda.synchronize()
+        assert torch.equal(model(x), expected)
+        assert not any(other.any() for other in others)

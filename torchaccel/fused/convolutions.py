@@ -49,7 +49,7 @@ def _fuse_convolution(program: Program, conv: fx.Node) -> bool:
     if padding is None or value(x).dim() != 4 or not value(x).is_floating_point():
         return False
     depthwise = value(weight).shape[1] == 1 and value(weight).shape[0] == given["groups"]
-    takes_any = depthwise or _has_plans(conv)
+    takes_any = depthwise or cudnn_plans.possible(value(x))
     last, residual, activation = _epilogue(conv, takes_any)
     if activation == "none" and bias is not None and not takes_any:  # left to whoever merges it with what follows
         return False
@@ -59,12 +59,6 @@ def _fuse_convolution(program: Program, conv: fx.Node) -> bool:
     fused = put(program, last, "conv_bias_act", (x, weight, bias, residual, *geometry, activation))
     replace(program, last, fused)
     return True
-
-
-def _has_plans(conv: fx.Node) -> bool:
-    """Whether cuDNN can take any epilogue into a convolution: its graph API is there, for the GPU and the dtype."""
-    x = value(conv.args[0])
-    return x.device.type == "cuda" and x.dtype in cudnn_plans.DTYPES and cudnn_plans.problem() is None
 
 
 def _padding(given: dict[str, Any]) -> list[int] | None:
@@ -82,13 +76,13 @@ def _epilogue(conv: fx.Node, takes_any: bool) -> tuple[fx.Node, fx.Node | None, 
 
     Without `takes_any` only what ends in ReLU counts, which is all that PyTorch has of cuDNN's epilogues.
     """
-    activation_of = _activation if takes_any else _relu
+    named = activation_of if takes_any else _relu
     last, residual = conv, None
     following = only_user(conv)
     if following is not None and (added := _added(following, conv)) is not None:
         last, residual = following, added
     act = only_user(last)
-    if act is not None and (activation := activation_of(act)) != "none":
+    if act is not None and (activation := named(act)) != "none":
         return act, residual, activation
     return (last, residual, "none") if takes_any else (conv, None, "none")
 
@@ -106,12 +100,15 @@ def _relu(node: fx.Node) -> str:
     return "relu" if node.target is aten.relu.default else "none"
 
 
-def _activation(node: fx.Node) -> str:
+def activation_of(node: fx.Node) -> str:
+    """The name that our operators know a node's activation by, or "none"."""
     names: dict[Any, str] = {
         aten.relu6.default: "relu6",
         aten.silu.default: "silu",
         aten.hardswish.default: "hardswish",
     }
+    if node.target is aten.gelu.default:
+        return "gelu" if arguments(node)["approximate"] == "none" else "gelu_tanh"
     if node.target is aten.hardtanh.default:
         given = arguments(node)
         return "relu6" if (given["min_val"], given["max_val"]) == (0, 6) else "none"

@@ -18,7 +18,7 @@ from torchaccel.fused.choice import graph_ms
 from torchaccel.memory import is_out_of_memory
 
 MAX_WORKSPACE_BYTES = 256 << 20
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "gelu_tanh")
 DTYPES = (torch.float16, torch.bfloat16)
 # One run that takes this much longer than the best so far is not looked at any further.
 _HOPELESS, _LAUNCH_MS = 2.0, 0.05
@@ -93,6 +93,11 @@ def best_plan(
         if problem_ not in _plans:
             _plans[problem_] = _search(problem_, example, expected())
         return _plans[problem_]
+
+
+def possible(x: torch.Tensor) -> bool:
+    """Whether cuDNN can take any epilogue into what reads `x`: its graph API is there, for the GPU and the dtype."""
+    return x.device.type == "cuda" and x.dtype in DTYPES and problem() is None
 
 
 def takes(x: torch.Tensor, activation: str) -> bool:
@@ -212,6 +217,10 @@ def _activate(graph: Any, y: Any, activation: str) -> Any:
         return graph.relu(input=y, lower_clip=0.0, upper_clip=6.0)
     if activation == "silu":
         return graph.mul(a=y, b=graph.sigmoid(input=y))
+    if activation == "gelu":
+        return graph.gelu(input=y)
+    if activation == "gelu_tanh":
+        return graph.gelu_approx_tanh(input=y)
     return y
 
 

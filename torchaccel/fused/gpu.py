@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchaccel.fused import cudnn_plans, triton_kernels
+from torchaccel.fused import cudnn_plans, triton_kernels, triton_linear
 from torchaccel.fused.choice import Run, choose
 from torchaccel.fused.reference import ACTIVATIONS, REFERENCE
 
@@ -208,19 +208,63 @@ def attention(
     mask: torch.Tensor | None,
     causal: bool,
     scale: float | None,
+    order: Sequence[int],
 ) -> torch.Tensor:
     """Scaled dot-product attention by the fastest of PyTorch's kernels."""
-    arguments = query, key, value, mask, causal, scale
+    order = tuple(order)
+    arguments = query, key, value, mask, causal, scale, order
     candidates: dict[str, Run] = {"default": functools.partial(REFERENCE["attention"], *arguments)}
     if query.numel():
         candidates |= {name: functools.partial(_attention_by, kind, *arguments) for name, kind in _ATTENTION.items()}
     tensors = tuple(None if tensor is None else _key(tensor) for tensor in (query, key, value, mask))
-    return candidates[choose(("attention", tensors, causal, scale, _tf32(query)), candidates)]()
+    return candidates[choose(("attention", tensors, causal, scale, order, _tf32(query)), candidates)]()
 
 
 def _attention_by(kind: SDPBackend, *arguments: Any) -> torch.Tensor:
     with sdpa_kernel(kind):
         return REFERENCE["attention"](*arguments)
+
+
+def linear_act(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """activation(linear(x, weight, bias)): [rows, in] → [rows, out], contiguous."""
+    x, weight = x.contiguous(), weight.contiguous()
+    arguments = x, weight, bias, activation
+    candidates: dict[str, Run] = {"aten": functools.partial(REFERENCE["linear_act"], *arguments)}
+    if bias is not None and activation in _CUBLAS_EPILOGUES:
+        use_gelu = _CUBLAS_EPILOGUES[activation]
+        candidates["epilogue"] = lambda: torch._addmm_activation(bias, x, weight.t(), use_gelu=use_gelu)
+    if cudnn_plans.takes(x, activation):
+        candidates["plan"] = functools.partial(_planned_linear, *arguments)
+    if triton_linear.takes(x, weight, activation):
+        for tiles in triton_linear.TILES:
+            candidates[tiles.name] = functools.partial(_triton_linear, *arguments, tiles)
+    problem = ("linear", _key(x), _key(weight), bias is not None, activation, _tf32(x))
+    return candidates[choose(problem, candidates)]()
+
+
+def _triton_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, tiles: triton_linear.Tiles
+) -> torch.Tensor:
+    return triton_linear.linear(x, weight, bias, x.new_empty(len(x), len(weight)), activation, tiles)
+
+
+_CUBLAS_EPILOGUES = {"relu": False, "gelu_tanh": True}  # and whether it is PyTorch's `use_gelu`
+
+
+def _planned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """A matrix product as the 1×1 convolution of as many images of one pixel."""
+    rows, columns, (ones, zeros) = len(x), len(weight), ((1, 1), (0, 0))
+    pixels, kernel = x[:, :, None, None], weight[:, :, None, None]
+    sizes = tuple(pixels.shape), tuple(kernel.shape), (rows, columns, 1, 1)
+    problem = cudnn_plans.Problem(*sizes, ones, zeros, ones, bias is not None, False, activation, x.dtype, x.device)
+    plan = cudnn_plans.best_plan(
+        problem,
+        lambda plan: plan(pixels, kernel, bias, None),
+        lambda: REFERENCE["linear_act"](x, weight, bias, activation)[:, :, None, None],
+    )
+    if plan is None:
+        raise RuntimeError(f"cuDNN has no plan for {problem}")
+    return plan(pixels, kernel, bias, None).view(rows, columns)
 
 
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
@@ -229,6 +273,7 @@ OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "mean_pixels": mean_pixels,
     "pad_channels": pad_channels,
     "attention": attention,
+    "linear_act": linear_act,
 }
 
 

@@ -18,7 +18,9 @@ _SCHEMAS = {
     "max_pool2d": "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> Tensor",
     "mean_pixels": "(Tensor x) -> Tensor",
     "pad_channels": "(Tensor x, int channels) -> Tensor",
-    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float? scale) -> Tensor",
+    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float? scale, "
+    "int[] order) -> Tensor",
+    "linear_act": "(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
 }
 
 

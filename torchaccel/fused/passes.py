@@ -30,6 +30,7 @@ from torchaccel.fused.graph import (
     value,
 )
 from torchaccel.fused.operators import OPAQUE
+from torchaccel.fused.transformers import choose_attention, fuse_linears, skip_copies
 
 Pass = Callable[[Program], int]
 
@@ -152,20 +153,6 @@ def replace_means(program: Program) -> int:
     return done
 
 
-def choose_attention(program: Program) -> int:
-    """Scaled dot-product attention by whichever of PyTorch's kernels is the fastest for these shapes."""
-    done = 0
-    for node in calls(program.exported.graph, aten.scaled_dot_product_attention.default):
-        given = arguments(node)
-        tensors = [given[name] for name in ("query", "key", "value")]
-        if given["dropout_p"] or given["enable_gqa"] or any(value(tensor).dim() != 4 for tensor in tensors):
-            continue
-        args = (*tensors, given["attn_mask"], bool(given["is_causal"]), given["scale"])
-        replace(program, node, put(program, node, "attention", args))
-        done += 1
-    return done
-
-
 PASSES: tuple[Pass, ...] = (
     write_out_of_place,
     drop_no_ops,
@@ -177,7 +164,9 @@ PASSES: tuple[Pass, ...] = (
     lay_out_depthwise,
     replace_max_pools,
     replace_means,
+    skip_copies,
     choose_attention,
+    fuse_linears,
 )
 
 

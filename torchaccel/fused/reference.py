@@ -4,6 +4,7 @@ Four-dimensional results are channels-last always.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -14,6 +15,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu6": functional.relu6,
     "silu": functional.silu,
     "hardswish": functional.hardswish,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
 
 
@@ -66,10 +69,17 @@ def attention(
     mask: torch.Tensor | None,
     causal: bool,
     scale: float | None,
+    order: Sequence[int],
 ) -> torch.Tensor:
-    """Scaled dot-product attention; the result is laid out as [batch, sequence, heads, width] is."""
+    """Scaled dot-product attention; `order` has the dimensions of the result from the outermost in memory inwards."""
     y = functional.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
-    return y.transpose(1, 2).contiguous().transpose(1, 2)
+    back = [list(order).index(dim) for dim in range(4)]
+    return y.permute(*order).contiguous().permute(*back)
+
+
+def linear_act(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """activation(linear(x, weight, bias)): [rows, in] → [rows, out], contiguous."""
+    return ACTIVATIONS[activation](functional.linear(x, weight, bias)).contiguous()
 
 
 def _channels_last(y: torch.Tensor) -> torch.Tensor:
@@ -82,4 +92,5 @@ REFERENCE: dict[str, Callable[..., torch.Tensor]] = {
     "mean_pixels": mean_pixels,
     "pad_channels": pad_channels,
     "attention": attention,
+    "linear_act": linear_act,
 }

@@ -30,6 +30,11 @@ def _activate(value, ACTIVATION: tl.constexpr):
         gate = value + 3.0
         gate = tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate))
         value = value * gate / 6.0
+    elif ACTIVATION == "gelu":
+        value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is the sigmoid of 2u.
+        value = value / (1.0 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
     return value
 
 

@@ -1,0 +1,135 @@
+"""The passes for attention and matrix products, on programs that they should rewrite and on ones to be left alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tests.fused.programs import check, lowered, operators
+from tests.helpers import Lambda
+from torchaccel.capture import Program
+from torchaccel.fused import cudnn_plans, transformers
+
+attend = functional.scaled_dot_product_attention
+
+
+def orders(program: Program) -> list[Any]:
+    """How the result of each attention is laid out."""
+    return [node.args[6] for node in program.exported.graph.nodes if "torchaccel.attention" in str(node.target)]
+
+
+def test_attention_is_chosen_but_not_where_it_drops_or_groups() -> None:
+    x = torch.randn(2, 4, 5, 8)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    for function, ours in (
+        (lambda m, x: attend(x, x * 2, x), 1),
+        (lambda m, x: attend(x, x * 2, x, mask.clone(), scale=0.3), 1),
+        (lambda m, x: attend(x, x * 2, x, is_causal=True), 1),
+        (lambda m, x: attend(x, x[:, :2], x[:, :2], enable_gqa=True), 0),
+        (lambda m, x: attend(x[0], x[0], x[0]), 0),
+    ):
+        module = Lambda(function).eval()
+        program = lowered(module, x)
+        assert operators(program)["torchaccel.attention"] == ours
+        check(program, module, x)
+
+
+def packed(m: nn.Module, x: torch.Tensor, function: Any) -> torch.Tensor:
+    """Queries, keys and values out of one product, [length, batch, 3, width], as `nn.MultiheadAttention` takes them."""
+    length, batch, _ = x.shape
+    triple = m.qkv(x).unflatten(-1, (3, 16)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+    parts = (triple.select(0, index).reshape(length, batch * 2, 8).transpose(0, 1) for index in range(3))
+    return function(triple, [part.view(batch, 2, length, 8) for part in parts])
+
+
+READ = {
+    "by attention alone": (lambda triple, heads: attend(*heads), 0),
+    "by others too": (lambda triple, heads: (attend(*heads), triple * 2), 1),
+    "as a mask": (lambda triple, heads: attend(*heads, heads[0] @ heads[1].transpose(-1, -2)), 1),
+    "through a view that needs it": (lambda triple, heads: attend(*(head.reshape(3, 1, 12, 8) for head in heads)), 1),
+    "along another dimension": (lambda triple, heads: attend(*(head.transpose(-1, -2) for head in heads)), 1),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_copy_goes_where_only_attention_reads_it(name: str) -> None:
+    function, left = READ[name]
+    module = Lambda(lambda m, x: packed(m, x, function), qkv=nn.Linear(12, 48)).eval()
+    x = torch.randn(6, 3, 12)
+    program = lowered(module, x)
+    assert operators(program)["contiguous"] == left
+    if not left:
+        assert orders(program) == [[2, 0, 1, 3]]
+    check(program, module, x)
+
+
+def test_a_copy_stays_where_anything_is_written() -> None:
+    def write(triple: torch.Tensor, heads: list[torch.Tensor]) -> torch.Tensor:
+        return attend(*heads).mul_(2)
+
+    module = Lambda(lambda m, x: packed(m, x, write), qkv=nn.Linear(12, 48)).eval()
+    x = torch.randn(6, 3, 12)
+    program = lowered(module, x)
+    assert operators(program)["contiguous"] == 1
+    check(program, module, x)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multi_head_attention_copies_nothing(batch_first: bool) -> None:
+    """Neither before its attention nor behind it: the result is laid out as what reads it flattens it."""
+    attention = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+    module = Lambda(lambda m, x: m.attention(x, x, x, need_weights=False)[0], attention=attention).eval()
+    x = torch.randn(5, 3, 16)
+    program = lowered(module, x)
+    assert operators(program)["torchaccel.attention"] == 1
+    assert "contiguous" not in operators(program)
+    (node,) = (node for node in program.exported.graph.nodes if "torchaccel.attention" in str(node.target))
+    assert node.meta["val"].permute(2, 0, 1, 3).is_contiguous()
+    check(program, module, x)
+
+
+def test_the_result_of_attention_is_laid_out_as_its_queries_are() -> None:
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [2, 0, 1, 3], [1, 0, 2, 3]):
+        module = Lambda(lambda m, x, order=order: attend(*[x.permute(*map(order.index, range(4)))] * 3)).eval()
+        x = torch.randn(3, 4, 5, 8)
+        program = lowered(module, x)
+        assert orders(program) == [order]
+        check(program, module, x)
+
+
+# --- matrix products ---
+
+LINEARS = {
+    "gelu": (lambda m, x: functional.gelu(m.a(x)), ["gelu"]),
+    "gelu by tanh": (lambda m, x: functional.gelu(m.a(x), approximate="tanh"), ["gelu_tanh"]),
+    "relu": (lambda m, x: m.a(x).relu(), ["relu"]),
+    "no bias": (lambda m, x: m.bare(x).relu(), ["relu"]),
+    "none": (lambda m, x: m.a(x) * 2, ["none"]),
+    "used twice": (lambda m, x: functional.gelu(y := m.a(x)) + y, ["none"]),
+    "more dimensions": (lambda m, x: functional.silu(m.a(x[:, None])), ["silu"]),
+    "of no plan": (lambda m, x: m.a(x).tanh(), ["none"]),
+    "odd": (lambda m, x: m.odd(x).relu(), []),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_linear_layer_takes_in_its_activation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn_plans, "possible", lambda x: True)
+    monkeypatch.setattr(transformers, "LEAST_PRODUCTS", 1)
+    function, expected = LINEARS[name]
+    parts = {"a": nn.Linear(8, 16), "bare": nn.Linear(8, 16, bias=False), "odd": nn.Linear(8, 7)}
+    module, x = Lambda(function, **parts).eval(), torch.randn(3, 5, 8)
+    program = lowered(module, x)
+    nodes = [node for node in program.exported.graph.nodes if "linear_act" in str(node.target)]
+    assert [node.args[3] for node in nodes] == expected
+    check(program, module, x)
+
+
+def test_a_linear_layer_stays_without_plans_and_where_it_is_all_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Lambda(lambda m, x: m.a(x).relu(), a=nn.Linear(64, 64)).eval(), torch.randn(4, 64)
+    assert "torchaccel.linear_act" not in operators(lowered(module, x))
+    monkeypatch.setattr(cudnn_plans, "possible", lambda x: True)
+    assert "torchaccel.linear_act" not in operators(lowered(module, x))
+    assert operators(lowered(module, torch.randn(4096, 64)))["torchaccel.linear_act"] == 1

@@ -1,0 +1,100 @@
+"""The passes for attention and matrix products: no copies between them, and what follows a product goes into it."""
+
+import torch
+
+from torchaccel.capture import Program
+from torchaccel.fused import cudnn_plans
+from torchaccel.fused.convolutions import activation_of
+from torchaccel.fused.graph import (
+    arguments,
+    aten,
+    calls,
+    is_tensor,
+    mutates,
+    only_user,
+    put,
+    put_aten,
+    replace,
+    value,
+    written_between,
+)
+from torchaccel.fused.views import without_copies
+
+_ATTENTION = aten.scaled_dot_product_attention.default
+LEAST_PRODUCTS = 1 << 24  # multiplications below which a matrix product is all launch
+
+
+def skip_copies(program: Program) -> int:
+    """Let attention read what its queries, keys and values were copied from: its kernels take any strides.
+
+    `nn.MultiheadAttention` copies all three, right behind the product that gives them.
+    """
+    graph = program.exported.graph
+    if any(mutates(node) for node in graph.nodes):
+        return 0
+    done = 0
+    for node in calls(graph, _ATTENTION):
+        given = arguments(node)
+        views = [without_copies(given[name], node) for name in ("query", "key", "value")]
+        for index, view in enumerate(views):
+            if view is not None and value(view).stride(-1) == 1:
+                node.update_arg(index, view)
+                done += 1
+    return done
+
+
+def choose_attention(program: Program) -> int:
+    """Scaled dot-product attention by whichever of PyTorch's kernels is the fastest for these shapes and strides.
+
+    Its result is laid out as its queries are, so that what undoes their permutation has nothing to copy.
+    """
+    done = 0
+    for node in calls(program.exported.graph, _ATTENTION):
+        given = arguments(node)
+        tensors = [given[name] for name in ("query", "key", "value")]
+        if given["dropout_p"] or given["enable_gqa"] or any(value(tensor).dim() != 4 for tensor in tensors):
+            continue
+        order = _order(value(tensors[0])) if program.batch is None else [0, 2, 1, 3]
+        args = (*tensors, given["attn_mask"], bool(given["is_causal"]), given["scale"], order)
+        replace(program, node, put(program, node, "attention", args))
+        done += 1
+    return done
+
+
+def _order(query: torch.Tensor) -> list[int]:
+    """The dimensions of a tensor from the outermost in memory to the innermost, which is the last one always."""
+    return [*sorted(range(3), key=lambda dim: (-query.stride(dim), dim)), 3]
+
+
+def fuse_linears(program: Program) -> int:
+    """A linear layer and the activation behind it in one operator, where cuDNN's plans can be had for it."""
+    done = 0
+    for linear in calls(program.exported.graph, aten.linear.default):
+        given = arguments(linear)
+        x, weight, bias = given["input"], given["weight"], given["bias"]
+        if (
+            program.batch is not None
+            or not is_tensor(weight)
+            or value(weight).dim() != 2
+            or not cudnn_plans.possible(value(x))
+        ):
+            continue
+        if not _is_large(value(linear), value(weight)):
+            continue
+        last, activation = linear, "none"
+        act = only_user(linear)
+        if act is not None and not written_between(linear, act) and (found := activation_of(act)) != "none":
+            last, activation = act, found
+        # Rows beforehand: a copy that this takes is then not the operator's, and can be merged with what gives x.
+        rows = put_aten(last, aten.reshape.default, x, [-1, value(x).shape[-1]])
+        product = put(program, last, "linear_act", (rows, weight, bias, activation))
+        replace(program, last, put_aten(last, aten.reshape.default, product, list(value(last).shape)))
+        done += 1
+    return done
+
+
+def _is_large(y: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether there is enough to compute for one kernel to be faster than another."""
+    channels = weight.shape[1]
+    aligned = channels % 8 == 0 and weight.shape[0] % 8 == 0
+    return aligned and y.numel() * channels >= LEAST_PRODUCTS

@@ -1,0 +1,152 @@
+"""What a row of views and copies is of the tensor that it began with: its dimensions split, picked from, reordered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from torchaccel.fused.graph import arguments, aten, put_aten, value
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A factor of a dimension of the base: `size` places, `step` apart; fixed where one of them was selected."""
+
+    dim: int
+    size: int
+    step: int
+    index: int | None = None
+
+
+class View:
+    """A tensor whose every dimension is some factors of the dimensions of a base, the outermost first.
+
+    Unlike strides it can say of what was merged how to split it again, though nothing could be merged in memory.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._base = tuple(sizes)
+        self._fixed: list[_Factor] = []
+        self._dims = [[_Factor(dim, size, 1)] if size != 1 else [] for dim, size in enumerate(sizes)]
+
+    def permute(self, order: Sequence[int]) -> None:
+        """Reorder the dimensions."""
+        self._dims = [self._dims[dim] for dim in order]
+
+    def select(self, dim: int, index: int) -> None:
+        """Take one place of a dimension, which goes; raises ValueError where the dimension was merged."""
+        factors = self._dims.pop(dim)
+        if len(factors) > 1:
+            raise ValueError("what was merged has no single stride to select by")
+        self._fixed += [_Factor(factor.dim, factor.size, factor.step, index % factor.size) for factor in factors]
+
+    def unsqueeze(self, dim: int) -> None:
+        """Put in a dimension of one place."""
+        self._dims.insert(dim, [])
+
+    def squeeze(self, dim: int) -> None:
+        """Take a dimension out if it has one place."""
+        if not self._dims[dim]:
+            del self._dims[dim]
+
+    def reshape(self, sizes: Sequence[int]) -> None:
+        """Split and merge; raises ValueError where a new dimension would begin inside a factor."""
+        left = [factor for factors in self._dims for factor in factors]
+        self._dims = []
+        for size in sizes:
+            dim: list[_Factor] = []
+            wanted = size
+            while wanted > 1:
+                factor = left.pop(0)
+                common = math.gcd(wanted, factor.size)
+                if common not in (wanted, factor.size):
+                    raise ValueError("the sizes do not divide each other")
+                inner = factor.size // common
+                if inner > 1:  # which belongs to what comes next
+                    left.insert(0, _Factor(factor.dim, inner, factor.step))
+                dim.append(_Factor(factor.dim, common, factor.step * inner))
+                wanted //= common
+            self._dims.append(dim)
+
+    def put(self, base: fx.Node, at: fx.Node) -> fx.Node:
+        """The same out of the base by views alone, before `at`; raises ValueError where it takes a copy."""
+        dims = [_joined(factors) for factors in self._dims]
+        kept = [factor for factors in dims for factor in factors]
+        factors = sorted((*kept, *self._fixed), key=lambda factor: (factor.dim, -factor.step))
+        node = put_aten(at, aten.reshape.default, base, [factor.size for factor in factors])
+        for place in reversed(range(len(factors))):
+            if (index := factors[place].index) is not None:
+                node = put_aten(at, aten.select.int, node, place, index)
+        order = [factor for factor in factors if factor.index is None]
+        node = put_aten(at, aten.permute.default, node, [order.index(factor) for factor in kept])
+        for place, factors in enumerate(dims):
+            if not factors:
+                node = put_aten(at, aten.unsqueeze.default, node, place)
+        return node
+
+
+def _joined(factors: list[_Factor]) -> list[_Factor]:
+    """Neighbours of one dimension as one factor; raises ValueError where more than one is left."""
+    joined = factors[:1]
+    for factor in factors[1:]:
+        outer = joined[-1]
+        if outer.dim != factor.dim or outer.step != factor.step * factor.size:
+            raise ValueError("a dimension has no single stride")
+        joined[-1] = _Factor(outer.dim, outer.size * factor.size, factor.step)
+    return joined
+
+
+_COPIES = (aten.contiguous.default, aten.clone.default)
+_STEPS = {
+    aten.reshape.default,
+    aten.view.default,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    *_COPIES,
+}
+
+
+def without_copies(node: fx.Node, at: fx.Node) -> fx.Node | None:
+    """`node` as a view of what it was copied from, put before `at`; None where nothing was copied, or it has to be."""
+    row: list[fx.Node] = []
+    base = node
+    while base.target in _STEPS:
+        row.insert(0, base)
+        base = arguments(base)["self"]
+    sizes = value(base).shape
+    if not any(step.target in _COPIES for step in row) or not all(isinstance(size, int) and size for size in sizes):
+        return None
+    view = View(sizes)
+    try:
+        for step in row:
+            _follow(view, step)
+        return view.put(base, at)
+    except ValueError:
+        return None
+
+
+def _follow(view: View, step: fx.Node) -> None:
+    given = arguments(step)
+    target, dims = step.target, value(step.args[0]).dim()
+    if target is aten.permute.default:
+        view.permute([dim % dims for dim in given["dims"]])
+    elif target is aten.transpose.int:
+        order = list(range(dims))
+        a, b = given["dim0"] % dims, given["dim1"] % dims
+        order[a], order[b] = b, a
+        view.permute(order)
+    elif target is aten.select.int:
+        view.select(given["dim"] % dims, given["index"])
+    elif target is aten.unsqueeze.default:
+        view.unsqueeze(given["dim"] % (dims + 1))
+    elif target is aten.squeeze.dim:
+        view.squeeze(given["dim"] % dims)
+    elif target not in _COPIES:
+        view.reshape(value(step).shape)
