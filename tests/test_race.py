@@ -208,6 +208,26 @@ def test_a_race_can_be_had_without_an_engine(monkeypatch: pytest.MonkeyPatch) ->
         assert record.objective == objective
 
 
+def test_what_stream_cannot_take_is_refused_before_anything_is_built(compete: Any) -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return x + other
+
+    first = Changed("first")
+    model = compete(first, module=Sum(), objective="stream")
+    with pytest.raises(BuildError, match="all positional or all by keyword"):
+        model(images(), other=images())
+    assert first.built == 0
+    assert model(x=images(), other=images()).shape == (2, 3, 8, 8)
+
+
+def test_a_race_that_nobody_survives_keeps_no_weights(compete: Any) -> None:
+    model = compete(Changed("wrong", lambda result: result * 1.1), Failing())
+    with pytest.raises(BuildError, match="no backend could serve"):
+        model(images())
+    assert not rules(model)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchaccel import BuildError
 from torchaccel.backends.base import Engine, NativeEngine
 from torchaccel.precision import PRECISIONS
 from torchaccel.runner import Pool, Runner
@@ -94,6 +95,13 @@ def test_without_a_gpu_there_is_no_graph_and_the_record_says_why() -> None:
     assert "GPU" in runner.record.why_no_graph
     assert runner.record.device_mib == 0
     assert runner.engine_bytes() == 0
+
+
+def test_an_engine_whose_kernels_overlap_is_refused_without_a_graph() -> None:
+    engine = Doubles()
+    engine.overlaps = True
+    with pytest.raises(BuildError, match=r"in a CUDA graph alone.* There is none: CUDA graphs need a GPU\."):
+        make(engine, torch.zeros(2))
 
 
 def test_calls_in_inference_mode_leave_buffers_that_later_calls_can_fill() -> None:

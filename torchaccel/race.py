@@ -26,6 +26,7 @@ from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call
 from torchaccel.streaming import Ring
 from torchaccel.timing import Comparison, compare
+from torchaccel.weights import WeightRule
 
 SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
 WARM_UP = 20  # calls; the gate has run each of them before
@@ -103,9 +104,22 @@ class Racer(Builder):
     ) -> tuple[Built, Runner]:
         """Build them all, and keep the winner; what the others built is released.
 
-        Raises `BuildError` with every reason where nobody is left.
+        Raises `BuildError` with every reason where nobody is left, and before anything is built where the objective
+        cannot be timed on such a call.
         """
-        held, calls, started = self.store.rules(), pool.calls, time.perf_counter()
+        if self.options.objective == "stream":
+            self._batch(call, tensors)
+        held, kept = self.store.rules(), frozenset[WeightRule]()
+        try:
+            best, runner = self._won(call, tensors, pool, captured)
+            kept = frozenset(best.plan.payload.rules.values() if isinstance(best.plan.payload, Program) else ())
+        finally:
+            self.store.keep(held | kept)
+            release(pool.device)
+        return best, runner
+
+    def _won(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, captured: Captured) -> tuple[Built, Runner]:
+        started = time.perf_counter()
         entries = {name: RaceEntry(name, reason=reason) for name, reason in self.out.items()}
         built = self._build_all(call, tensors, pool, captured, entries)
         if not built:
@@ -113,14 +127,10 @@ class Racer(Builder):
             raise BuildError(f"no backend could serve {describe(tensors)}. {said}")
         winner = self._decide(call, tensors, pool, entries, {name: runner for name, (_, runner) in built.items()})
         best, runner = built[winner]
-        runner.record.calls, pool.calls = 0, calls
+        pool.turn(partial(_uncount, pool, [runner for _, runner in built.values()]))
         ordered = sorted(entries.values(), key=lambda entry: (entry.median_ms is None, entry.median_ms or 0.0))
         race_ms = (time.perf_counter() - started) * 1e3
         self.races.append(RaceRecord(describe(tensors), self.options.objective, tuple(ordered), race_ms))
-        own = best.plan.payload.rules.values() if isinstance(best.plan.payload, Program) else ()
-        self.store.keep(held | frozenset(own))
-        del built
-        release(pool.device)
         return best, runner
 
     def _build_all(
@@ -180,11 +190,23 @@ class Racer(Builder):
         """What is timed: a call on the device or, for the objective "stream", some batches from pinned memory."""
         if self.options.objective != "stream" or runner.pool.device.type == "cpu":
             return partial(runner.compute, tensors)
-        args, kwargs = call.arguments([tensor.cpu().pin_memory() for tensor in tensors])
+        batch = self._batch(call, [tensor.cpu().pin_memory() for tensor in tensors])
+        ring = Ring(runner.pool.device, lambda _: runner, None, frozenset(batch if isinstance(batch, dict) else ()))
+        return lambda: deque(ring.serve(repeat(batch, STREAMED)), maxlen=0)
+
+    def _batch(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+        """A call as a batch of `stream()`: a tuple of its arguments, or a dict of them."""
+        args, kwargs = call.arguments(tensors)
         if args and kwargs:
             raise BuildError("objective='stream' times stream(), whose batches are all positional or all by keyword.")
-        ring = Ring(runner.pool.device, lambda _: runner, None, frozenset(kwargs))
-        return lambda: deque(ring.serve(repeat(kwargs or tuple(args), STREAMED)), maxlen=0)
+        return kwargs or tuple(args)
+
+
+def _uncount(pool: Pool, runners: Sequence[Runner]) -> None:
+    """Take back the calls that timing by `stream()` counted; other runners of the pool may serve meanwhile."""
+    for runner in runners:
+        pool.calls -= runner.record.calls
+        runner.record.calls = 0
 
 
 def _compare(trials: Mapping[str, Callable[[], object]], device: torch.device) -> Comparison:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from torchaccel.backends.base import Engine
+from torchaccel.edges import complete
+from torchaccel.errors import BuildError
 from torchaccel.forking import follow, forked_error
 from torchaccel.memory import is_out_of_memory
 from torchaccel.report import RunnerRecord
@@ -131,6 +133,12 @@ class Runner:
             self.record.why_no_graph = "cuda_graph=False"
         else:
             self._capture()
+        if self._engine.overlaps and self._graph is None:
+            raise BuildError(
+                "the engine's results are right in a CUDA graph alone: TensorRT-RTX's tf32 kernels overlap on Hopper "
+                f"GPUs where they must not. There is none: {self.record.why_no_graph}. Ask for 'fp16', 'bf16' or "
+                "another backend."
+            )
         if self._is_cuda:
             # Its buffers go back to the allocator, and its kernels away, only when the device is done with them.
             weakref.finalize(self, pool.wait).atexit = False
@@ -251,7 +259,7 @@ class Runner:
         before = torch.cuda.memory_reserved(device)
         generator = torch.cuda.default_generators[device.index]
         random_state = generator.clone_state()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=self._engine.overlaps)
         try:
             # cuBLAS's workspace of this stream, made in the warm-up, is not the graph's: whoever clears the workspaces,
             # as torch.compile's graphs do, would free it. So the capture makes one, in the pool; and no other graph
@@ -260,6 +268,8 @@ class Runner:
             with torch.cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
                 self._results = self._engine(*self._inputs)
             torch._C._cuda_clearCublasWorkspaces()
+            if self._engine.overlaps:
+                complete(graph)
             self._graph, self.record.graph = graph, True
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -47,6 +47,7 @@ class Engine(ABC):
 
     channels_last = False
     shares_store = False  # whether its weights are the store's own tensors, and so fresh after `WeightStore.refresh`
+    overlaps = False  # whether its kernels overlap that must not, unless a CUDA graph keeps them apart
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -170,12 +171,12 @@ def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -
         return f"{trt.FLAVOURS[flavour]} needs an NVIDIA GPU, and the module is on {device}"
     if problem := device_problem(flavour, device.index or 0):
         return problem
-    if flavour == "tensorrt_rtx" and precision.tf32 and torch.cuda.get_device_capability(device) >= (9, 0):
-        return (
-            f"{trt.FLAVOURS[flavour]}'s tf32 results do not repeat on Hopper GPUs and later: one is off at times, by "
-            "up to 14 % (measured on an H200 with TensorRT-RTX 1.4); ask for 'fp16', 'bf16' or another backend"
-        )
     return flavour_honours(flavour, precision) or gpu_honours(precision, device)
+
+
+def tensorrt_overlaps(flavour: str, precision: Precision, device: torch.device) -> bool:
+    """Whether kernels overlap that must not: TensorRT-RTX's for tf32 on Hopper GPUs (measured on an H200, with 1.4)."""
+    return flavour == "tensorrt_rtx" and precision.tf32 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def flavour_honours(flavour: str, precision: Precision) -> str | None:
@@ -199,19 +200,21 @@ class TensorRTBacked:
             [name for _, name in manifest["inputs"]],
             manifest["outputs"],
         )
-        return _TensorRTEngine(engine, [position for position, _ in manifest["inputs"]])
+        overlaps = tensorrt_overlaps(manifest["flavour"], plan.precision, device)
+        return _TensorRTEngine(engine, [position for position, _ in manifest["inputs"]], overlaps)
 
 
 class _TensorRTEngine(Engine):
-    def __init__(self, engine: trt.TensorRTEngine, positions: list[int]) -> None:
+    def __init__(self, engine: trt.TensorRTEngine, positions: list[int], overlaps: bool) -> None:
         self._engine = engine
         self._positions = positions
+        self.overlaps = overlaps
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._engine(*(inputs[position] for position in self._positions))
 
     def another(self) -> Engine:
-        return _TensorRTEngine(self._engine.another(), self._positions)
+        return _TensorRTEngine(self._engine.another(), self._positions, self.overlaps)
 
     def device_bytes(self) -> int:
         return self._engine.weight_bytes

@@ -20,7 +20,15 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from torchaccel import trt
-from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.backends.base import (
+    Backend,
+    Engine,
+    NativeEngine,
+    Plan,
+    TensorRTBacked,
+    tensorrt_honours,
+    tensorrt_overlaps,
+)
 from torchaccel.capture import Program, count_operators, drop_weights, put_weight, quiet
 from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.errors import BuildError
@@ -105,7 +113,8 @@ class TorchTensorRT(TensorRTBacked, Backend):
             return super().load(plan, device)
         import torch_tensorrt  # noqa: F401 - it registers the operator that the program calls
 
-        return _PartialEngine(torch.export.load(io.BytesIO(plan.payload)).module(), plan.precision)
+        module = torch.export.load(io.BytesIO(plan.payload)).module()
+        return _PartialEngine(module, plan.precision, tensorrt_overlaps(_flavour(), plan.precision, device))
 
     def _whole(
         self, program: Program, precision: Precision, engine: tuple[bytes, dict[str, Any]], source: Any = None
@@ -127,10 +136,11 @@ class _PartialEngine(NativeEngine):
 
     shares_store = False
 
-    def __init__(self, module: Any, precision: Precision) -> None:
+    def __init__(self, module: Any, precision: Precision, overlaps: bool) -> None:
         super().__init__(module, precision)
         self._module = module
         self._precision = precision
+        self.overlaps = overlaps
 
     def outside_time_shares(self, *inputs: torch.Tensor) -> dict[str, float]:
         def run(interpret: Any, *tensors: torch.Tensor) -> Any:

@@ -63,7 +63,8 @@ def choose_attention(program: Program) -> int:
 
 def _order(query: torch.Tensor) -> list[int]:
     """The dimensions of a tensor from the outermost in memory to the innermost, which is the last one always."""
-    return [*sorted(range(3), key=lambda dim: (-query.stride(dim), dim)), 3]
+    strides = query.stride()
+    return [*sorted(range(3), key=lambda dim: (-strides[dim], dim)), 3]
 
 
 def fuse_linears(program: Program) -> int:
