@@ -14,6 +14,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu6": functional.relu6,
     "silu": functional.silu,
     "hardswish": functional.hardswish,
+    "gelu": functional.gelu,
 }
 
 
