@@ -1,14 +1,14 @@
 """Run by `test_triton_kernels.py` in a process of its own, under TRITON_INTERPRET=1: the kernels against PyTorch."""
 
-import itertools
 import traceback
 
 import torch
 from torch.nn import functional
 
+from torchaccel.fused import triton_depthwise, triton_linear
 from torchaccel.fused import triton_kernels as kernels
-from torchaccel.fused import triton_linear
 from torchaccel.fused.reference import ACTIVATIONS, conv_bias_act, linear_act
+from torchaccel.fused.triton_depthwise import Tile
 
 LAST = torch.channels_last
 
@@ -41,7 +41,8 @@ def max_pool() -> None:
 def mean_pixels() -> None:
     for shape in ((2, 5, 7, 7), (1, 70, 9, 11), (3, 32, 1, 1)):
         x = batch(*shape)
-        torch.testing.assert_close(kernels.mean_pixels(x, x.new_empty(shape[:2])), x.mean((2, 3)))
+        for vectors in (1, 4):
+            torch.testing.assert_close(kernels.mean_pixels(x, x.new_empty(shape[:2]), vectors), x.mean((2, 3)))
 
 
 def pad_channels() -> None:
@@ -55,9 +56,16 @@ def depthwise() -> None:
         (batch(2, 6, 8, 9), (3, 3), (1, 1), (1, 1), (1, 1)),
         (batch(1, 4, 8, 8), (9, 6), (1, 1), (4, 3), (1, 1)),
         (batch(1, 70, 7, 7), (5, 3), (2, 1), (2, 0), (1, 2)),
+        (batch(1, 8, 11, 10), (3, 3), (2, 2), (1, 1), (2, 2)),
+        (batch(1, 8, 11, 10), (2, 2), (3, 3), (0, 1), (1, 1)),
     ]
-    activations = list(itertools.product(geometries[:1], ACTIVATIONS)) + [(other, "relu") for other in geometries[1:]]
-    for (x, kernel, *geometry), activation in activations:
+    wide, tall, lone = Tile(1, 4, 2, warps=1), Tile(2, 3, 2, warps=1, span=4), Tile(1, 1, 1)
+    cases = [
+        (geometry, tile, "relu") for geometry, tile in zip(geometries, (wide, wide, lone, wide, wide), strict=True)
+    ]
+    cases += [(geometries[0], lone, "none"), *((geometries[number], tall, "none") for number in (0, 3, 4))]
+    cases += [(geometries[0], wide, activation) for activation in ACTIVATIONS]
+    for (x, kernel, *geometry), tile, activation in cases:
         channels = x.shape[1]
         for layout, has_bias, has_residual in ((LAST, True, False), (torch.contiguous_format, False, True)):
             weight = torch.randn(channels, 1, *kernel).to(memory_format=layout)
@@ -66,8 +74,8 @@ def depthwise() -> None:
             bias = torch.randn(channels) if has_bias else None
             residual = batch(*plain.shape) if has_residual else None
             expected = conv_bias_act(x, weight, bias, residual, *geometry, channels, activation)
-            result = kernels.depthwise(x, weight, bias, residual, like(plain), *geometry, activation)
-            torch.testing.assert_close(result, expected)
+            result = triton_depthwise.depthwise(x, weight, bias, residual, like(plain), *geometry, activation, tile)
+            torch.testing.assert_close(result, expected, msg=f"{x.shape}, {kernel}, {geometry}, {tile}, {activation}")
 
 
 def linear() -> None:

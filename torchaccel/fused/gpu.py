@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchaccel.fused import cudnn_plans, triton_kernels, triton_linear
+from torchaccel.fused import cudnn_plans, triton_depthwise, triton_kernels, triton_linear
 from torchaccel.fused.choice import Run, choose
 from torchaccel.fused.reference import ACTIVATIONS, REFERENCE
 
@@ -38,7 +38,7 @@ def conv_bias_act(
     if activation == "relu" and x.dtype in _CUDNN_DTYPES:
         candidates["cudnn"] = functools.partial(_cudnn_conv, x, weight, bias, residual, *geometry, groups)
     if groups == x.shape[1] and weight.shape[0] == groups and x.dtype in _TRITON_DTYPES:
-        candidates["triton"] = functools.partial(_triton_depthwise, x, weight, bias, residual, *geometry, activation)
+        candidates |= _triton_depthwise(x, weight, bias, residual, *geometry, activation)
     if tuple(weight.shape[2:]) == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1)) and groups == 1:
         candidates["matmul"] = functools.partial(_matmul_conv, x, weight, bias, residual, activation)
     if cudnn_plans.takes(x, activation):
@@ -127,9 +127,17 @@ def _triton_depthwise(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     activation: str,
-) -> torch.Tensor:
-    y = _empty(x, (x.shape[0], x.shape[1], *_out_size(x, weight.shape[2:], stride, padding, dilation)))
-    return triton_kernels.depthwise(x, weight, bias, residual, y, stride, padding, dilation, activation)
+) -> dict[str, Run]:
+    """By each of the tiles that are worth timing."""
+    kernel = weight.shape[2], weight.shape[3]
+    shape = x.shape[0], x.shape[1], *_out_size(x, kernel, stride, padding, dilation)
+
+    def run(tile: triton_depthwise.Tile) -> torch.Tensor:
+        geometry = stride, padding, dilation
+        return triton_depthwise.depthwise(x, weight, bias, residual, _empty(x, shape), *geometry, activation, tile)
+
+    found = triton_depthwise.tiles(shape, x.dtype, kernel)
+    return {f"triton {tile}": functools.partial(run, tile) for tile in found}
 
 
 def _matmul_conv(
@@ -182,9 +190,14 @@ def mean_pixels(x: torch.Tensor) -> torch.Tensor:
         return REFERENCE["mean_pixels"](x)
     candidates: dict[str, Run] = {
         "aten": functools.partial(REFERENCE["mean_pixels"], x),
-        "triton": lambda: triton_kernels.mean_pixels(x, x.new_empty(x.shape[:2])),
     }
+    for vectors in triton_kernels.VECTORS:
+        candidates[f"triton {vectors}"] = functools.partial(_triton_mean, x, vectors)
     return candidates[choose(("mean", (_key(x),)), candidates)]()
+
+
+def _triton_mean(x: torch.Tensor, vectors: int) -> torch.Tensor:
+    return triton_kernels.mean_pixels(x, x.new_empty(x.shape[:2]), vectors)
 
 
 def pad_channels(x: torch.Tensor, channels: int) -> torch.Tensor:

@@ -15,23 +15,23 @@ import triton.language as tl
 # Elements of a tile: up to sixteen for each thread, fewer where there would be too few programs to fill a GPU.
 _TILE_MOST, _TILE_LEAST, _PROGRAMS = 2048, 256, 264
 _UNROLLED = 49  # windows up to 7×7 are written out, so that their loads are under way together
+VECTORS = 1, 2  # 16 bytes of channels that a program of the mean may take, worth timing
+_FEW_PIXELS = 1024  # up to so many the mean takes small programs
 
 
 @triton.jit
 def _activate(value, ACTIVATION: tl.constexpr):
+    # NaN stays NaN, as in PyTorch.
     if ACTIVATION == "relu":
-        # Written so that NaN stays NaN, as in PyTorch.
-        value = tl.where(value < 0, 0.0, value)
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
-        value = tl.where(value < 0, 0.0, tl.where(value > 6, 6.0, value))
+        value = tl.clamp(value, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
         value = value / (1.0 + tl.exp(-value))
     elif ACTIVATION == "hardswish":
-        gate = value + 3.0
-        gate = tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate))
-        value = value * gate / 6.0
+        value = value * tl.clamp(value + 3.0, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1 / 6)
     elif ACTIVATION == "gelu":
-        value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+        value = value * 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 is the sigmoid of 2u.
         value = value / (1.0 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
@@ -70,7 +70,7 @@ def _max_pool(
 
 
 @triton.jit
-def _mean_pixels(x, y, C, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _mean_pixels(x, y, C: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -94,45 +94,6 @@ def _pad_channels(
     tl.store(y + p.to(tl.int64) * PADDED + c, value.to(y.dtype.element_ty), mask=(p < pixels) & (c < PADDED))
 
 
-@triton.jit
-def _sum_with(total, x, weight, n, h, w, c, inside, C, H, W):
-    valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    place = ((n * H + h) * W + w).to(tl.int64) * C + c
-    value = tl.load(x + place, mask=valid, other=0.0).to(tl.float32)
-    return total + value * tl.load(weight, mask=c < C, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _depthwise(
-    x, weight, bias, residual, y, pixels, C, H, W, OH, OW, weight_c, weight_h, weight_w,
-    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    inside = (p < pixels) & (c < C)
-    left, top, n = (p % OW) * SW - PW, ((p // OW) % OH) * SH - PH, p // (OW * OH)
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    if UNROLL:
-        for kh in tl.static_range(KH):
-            for kw in tl.static_range(KW):
-                factor = weight + c * weight_c + kh * weight_h + kw * weight_w
-                total = _sum_with(total, x, factor, n, top + kh * DH, left + kw * DW, c, inside, C, H, W)
-    else:
-        for kh in range(KH):
-            for kw in range(KW):
-                factor = weight + c * weight_c + kh * weight_h + kw * weight_w
-                total = _sum_with(total, x, factor, n, top + kh * DH, left + kw * DW, c, inside, C, H, W)
-    if BIAS:
-        total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-    place = p.to(tl.int64) * C + c
-    if RESIDUAL:
-        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, _activate(total, ACTIVATION).to(y.dtype.element_ty), mask=inside)
-
-
 def max_pool(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -151,12 +112,19 @@ def max_pool(
     return y
 
 
-def mean_pixels(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The mean over height and width of channels-last `x` [N, C, H, W] into `y`, N·C values."""
+def mean_pixels(x: torch.Tensor, y: torch.Tensor, vectors: int) -> torch.Tensor:
+    """The mean over height and width of channels-last `x` [N, C, H, W] into `y`, N·C values.
+
+    A program takes `vectors` times 16 bytes of channels: more read longer runs of memory, fewer make more programs.
+    """
     batch, channels, height, width = x.shape
-    block_c = min(32, triton.next_power_of_2(channels))
+    vector = 16 // x.element_size()
+    block_c = min(vectors * vector, triton.next_power_of_2(channels))
+    warps = 4 if height * width <= _FEW_PIXELS else 8
+    # Eight loads of a thread are under way together.
+    block_p = min(8 * 32 * warps * vector // block_c, triton.next_power_of_2(height * width))
     grid = (batch, triton.cdiv(channels, block_c))
-    _mean_pixels[grid](x, y, channels, height * width, BLOCK_P=64, BLOCK_C=block_c)
+    _mean_pixels[grid](x, y, channels, height * width, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps)
     return y
 
 
@@ -168,30 +136,6 @@ def pad_channels(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     _pad_channels[(triton.cdiv(pixels, block_p),)](
         x, y, pixels, channels, height, width, *x.stride(),
         PADDED=padded, BLOCK_P=block_p, BLOCK_C=triton.next_power_of_2(padded),
-    )  # fmt: skip
-    return y
-
-
-def depthwise(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    y: torch.Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    activation: str,
-) -> torch.Tensor:
-    """A depthwise convolution [+ bias] [+ residual] and its activation, of channels-last tensors, into `y`."""
-    (_, channels, height, width), (_, _, out_height, out_width) = x.shape, y.shape
-    weight_c, _, weight_h, weight_w = weight.stride()
-    grid, (block_p, block_c) = _tiles(y)
-    _depthwise[grid](
-        x, weight, bias, residual, y, y.numel() // channels, channels, height, width, out_height, out_width,
-        weight_c, weight_h, weight_w, weight.shape[2], weight.shape[3], *stride, *padding, *dilation,
-        BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation,
-        BLOCK_P=block_p, BLOCK_C=block_c, UNROLL=weight.shape[2] * weight.shape[3] <= _UNROLLED,
     )  # fmt: skip
     return y
 
