@@ -54,7 +54,7 @@ def kept(  # noqa: PLR0917
             raise
         if notes.new():
             choices = {**known, **notes.made}
-            cache.put(key, {"choices": dump(choices)}, {"what": f"{what} {precision.name}: {len(choices)}"})
+            cache.put(key, {"choices": dump(choices)}, {"what": f"{what} {precision.name}: {len(choices)} problems"})
 
 
 def _known(cache: Cache, key: dict[str, Any]) -> dict[str, Any]:

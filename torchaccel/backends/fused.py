@@ -133,7 +133,7 @@ def _fastest(
     for route in routes:
         try:
             engine, inputs = _first_run(route, program, precision)
-            times_ms[route] = _time_ms(engine, inputs, device) if device.type == "cuda" and len(routes) > 1 else 0.0
+            times_ms[route] = _time_ms(engine, inputs, device) if len(routes) > 1 else 0.0
             engines[route] = engine
         except RuntimeError as error:
             if is_out_of_memory(error):
