@@ -110,7 +110,8 @@ def plan_for(
     precision = PRECISIONS[options.precision]
 
     def build() -> Plan:
-        return backend.build(program, precision, device, partial=options.partial)
+        with kernels.timings_kept(backend.tensorrt(), device, cache):
+            return backend.build(program, precision, device, partial=options.partial)
 
     if cache is None or backend.native:
         return Found(build())

@@ -95,6 +95,10 @@ class Backend(ABC):
         """Whether loading a plan there times what computes the same: the choice then is worth keeping."""
         return False
 
+    def tensorrt(self) -> trt.TensorRT | None:
+        """The TensorRT that builds its plans; None for one of PyTorch's own."""
+        return None
+
     def library(self) -> str:
         """What builds its plans, with the version."""
         return f"PyTorch {torch.__version__}"
