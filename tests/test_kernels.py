@@ -1,4 +1,4 @@
-"""The kernels of TensorRT-RTX in the cache, with a stand-in for its runtime cache, which needs a GPU."""
+"""Kernels of TensorRT-RTX and timings of TensorRT proper in the cache, with stand-ins for what needs a GPU."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import captured
 from torchaccel import kernels, trt
+from torchaccel.backends import torch_tensorrt
+from torchaccel.backends.base import Plan
+from torchaccel.backends.eager import Eager
 from torchaccel.cache import Cache
 from torchaccel.errors import CacheWarning
+from torchaccel.options import Options
+from torchaccel.plans import plan_for
+from torchaccel.weights import WeightStore
 
 GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 RTX = "tensorrt_rtx"
@@ -104,7 +111,7 @@ def test_another_gpu_or_version_has_kernels_of_its_own(cache: Cache, monkeypatch
 def test_kernels_that_are_refused_are_made_anew(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     Process(monkeypatch).serve(cache, b"a")
     library = Process(monkeypatch).library
-    cache.put(kernels._key(library, GPU), {"kernels": b"of another format"}, {})
+    cache.put(kernels._key("kernels", library, GPU), {"kernels": b"of another format"}, {})
     with pytest.warns(CacheWarning, match="refuses the kernels"):
         assert Process(monkeypatch).serve(cache, b"b") == b"format:"
     assert Process(monkeypatch).serve(cache) == b"format:b"
@@ -121,3 +128,127 @@ def test_without_a_cache_or_on_tensorrt_proper_nothing_is_kept(cache: Cache, mon
     Process(monkeypatch).serve(None, b"a")
     Process(monkeypatch, "tensorrt").serve(cache, b"a")
     assert cache.entries() == []
+
+
+# --- the timings of TensorRT proper ---
+
+
+class Builder:
+    """A builder's config on TensorRT proper: it takes timings of its own format, and adds to them in a build."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.held: bytes | None = None
+
+    def create_timing_cache(self, serialised: bytes) -> Any:
+        if serialised and not serialised.startswith(b"timings:"):
+            return None
+        return SimpleNamespace(held=serialised or b"timings:")
+
+    def set_timing_cache(self, timings: Any, ignore_mismatch: bool) -> bool:
+        if ignore_mismatch or self.refuses or b"another GPU" in timings.held:
+            return False
+        self.held = timings.held
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return None if self.held is None else SimpleNamespace(serialize=lambda: self.held)
+
+
+def timed(library: trt.TensorRT, cache: Cache | None, new: bytes = b"", config: Any = None) -> bytes | None:
+    """Build an engine for which `new` has to be timed; returns what the build began with."""
+    config = config or Builder()
+    with kernels.timings_kept(library, GPU, cache):
+        library.reuse_timings(config, GPU)
+        before = config.held
+        if before is not None:
+            config.held += new
+        library.keep_timings(config, GPU)
+    return before
+
+
+def proper(monkeypatch: pytest.MonkeyPatch) -> trt.TensorRT:
+    return Process(monkeypatch, "tensorrt").library
+
+
+def test_a_build_times_nothing_that_an_earlier_one_has_timed(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = proper(monkeypatch)
+    assert timed(first, cache, b"a") == b"timings:"
+    assert timed(first, cache, b"b") == b"timings:a"
+    assert timed(proper(monkeypatch), cache) == b"timings:ab"
+    (entry,) = cache.entries()
+    assert (entry.kind, entry.info["what"]) == ("timings", "TensorRT 1.4 on GPU 0")
+    written: list[int] = []
+    monkeypatch.setattr(Cache, "put", lambda *_: written.append(1))
+    timed(proper(monkeypatch), cache)
+    assert written == [], "nothing was new"
+
+
+def test_without_a_cache_one_process_shares_its_timings(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = proper(monkeypatch)
+    timed(library, None, b"a")
+    assert timed(library, None) == b"timings:a"
+    assert timed(proper(monkeypatch), None) == b"timings:"
+    assert cache.entries() == []
+
+
+@pytest.mark.parametrize("refused", [b"of another format", b"timings:another GPU"], ids=["format", "mismatch"])
+def test_timings_that_are_refused_are_dropped(refused: bytes, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = proper(monkeypatch)
+    cache.put(kernels._key("timings", library, GPU), {"timings": refused}, {})
+    with pytest.warns(CacheWarning, match=r"TensorRT 1\.4 refuses the timings"):
+        assert timed(library, cache, b"a") == b"timings:"
+    assert timed(proper(monkeypatch), cache) == b"timings:a"
+
+
+def test_a_builder_that_takes_no_timings_builds_all_the_same(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timed(proper(monkeypatch), cache, config=Builder(refuses=True)) is None
+    assert cache.entries() == []
+
+
+def test_timings_beyond_the_limit_are_begun_anew(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(proper(monkeypatch), cache, b"many")
+    monkeypatch.setattr(kernels, "MAX_BYTES", 10)
+    assert timed(proper(monkeypatch), cache) == b"timings:"
+
+
+def test_tensorrt_rtx_which_times_nothing_is_not_asked(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, config, interpreter = Process(monkeypatch).library, SimpleNamespace(held=None), SimpleNamespace()
+    assert timed(library, cache, config=config) is None
+    torch_tensorrt._share_timings(interpreter, library, GPU)
+    assert (cache.entries(), vars(interpreter)) == ([], {})
+
+
+def test_torch_tensorrt_s_builds_share_timings_too(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, interpreter, config = proper(monkeypatch), SimpleNamespace(), Builder()
+    timed(library, cache, b"a")
+    torch_tensorrt._share_timings(interpreter, library, GPU)
+    interpreter._create_timing_cache(config, "/nowhere/timing_cache.bin")
+    assert config.held == b"timings:a"
+    config.held += b"b"
+    interpreter._save_timing_cache(config, "/nowhere/timing_cache.bin")
+    assert library.timings(GPU) == b"timings:ab"
+
+
+def test_a_plan_is_built_with_the_timings_that_are_kept(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = proper(monkeypatch)
+
+    class Timing(Eager):
+        name, native = "timing", False
+
+        def tensorrt(self) -> trt.TensorRT:
+            return library
+
+        def build(self, program: Any, precision: Any, device: Any, **_: Any) -> Plan:
+            config = Builder()
+            library.reuse_timings(config, device)
+            assert config.held is not None
+            config.held += b"a"
+            library.keep_timings(config, device)
+            return Plan(self.name, precision, b"engine", {"inputs": []})
+
+    program = captured(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    program.take_weights(WeightStore(), torch.nn.Linear(2, 2))
+    plan_for(Timing(), program, Options("fp32"), GPU, cache=cache, what="Linear", gpu={"name": "GPU 0"})
+    assert {entry.kind for entry in cache.entries()} == {"plan", "timings"}
+    assert timed(proper(monkeypatch), cache) == b"timings:a"

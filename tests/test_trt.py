@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from torchaccel import trt
@@ -128,6 +129,13 @@ def test_an_engine_is_strongly_typed_with_tf32_as_asked(tmp_path: Path, recorded
     assert config.get_flag(api.BuilderFlag.TF32) is tf32
     assert network.get_flag(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     assert config.num_optimization_profiles == 0
+
+
+@needs_tensorrt
+def test_builds_for_a_device_share_timings_where_kernels_are_timed(tmp_path: Path, recorded: Recorder) -> None:
+    device, library = torch.device("cuda", 7), trt.load()
+    build(model_of([RELU], (2, 3)), tmp_path, ((2, 3),) * 3, device=device)
+    assert bool(library.timings(device)) is not library.is_rtx
 
 
 @needs_tensorrt

@@ -1,5 +1,10 @@
-"""The kernels that TensorRT-RTX specialises on a GPU, kept between processes."""
+"""What TensorRT finds out on a GPU, kept between processes: RTX's specialised kernels, TensorRT proper's timings.
 
+TensorRT-RTX specialises kernels when an engine first runs; TensorRT proper chooses among its own by timing in a build.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +14,7 @@ from torchaccel.cache import Cache
 from torchaccel.environment import driver_version
 from torchaccel.provenance import describe_gpu
 
-MAX_BYTES = 256 << 20  # nothing leaves a store of kernels, so beyond it one is begun anew
+MAX_BYTES = 256 << 20  # nothing leaves a store of kernels or timings, so beyond it one is begun anew
 
 
 def restore(flavour: str | None, device: torch.device, cache: Cache | None) -> None:
@@ -17,7 +22,7 @@ def restore(flavour: str | None, device: torch.device, cache: Cache | None) -> N
     library = _specialising(flavour)
     if cache is None or library is None or library.has_kernels(device):
         return
-    entry = cache.get(_key(library, device))
+    entry = cache.get(_key("kernels", library, device))
     if entry is not None and len(entry.files["kernels"]) <= MAX_BYTES:
         library.begin_with_kernels(device, entry.files["kernels"])
 
@@ -27,8 +32,24 @@ def keep(flavour: str | None, device: torch.device, cache: Cache | None) -> None
     library = _specialising(flavour)
     if cache is None or library is None or (kernels := library.new_kernels(device)) is None:
         return
-    what = f"{library.name} on {describe_gpu(device)['name']}"
-    cache.put(_key(library, device), {"kernels": kernels}, {"what": what})
+    _put(cache, "kernels", library, device, kernels)
+
+
+@contextmanager
+def timings_kept(library: trt.TensorRT | None, device: torch.device, cache: Cache | None) -> Iterator[None]:
+    """Have a build begin with the timings that earlier ones made for a device, and keep its own. The last one wins."""
+    if cache is None or library is None or library.is_rtx:
+        yield
+        return
+    if not library.timings(device):
+        entry = cache.get(_key("timings", library, device))
+        if entry is not None and len(entry.files["timings"]) <= MAX_BYTES:
+            library.begin_with_timings(device, entry.files["timings"])
+    before = library.timings(device)
+    yield
+    after = library.timings(device)
+    if after != before:
+        _put(cache, "timings", library, device, after)
 
 
 def _specialising(flavour: str | None) -> trt.TensorRT | None:
@@ -37,9 +58,14 @@ def _specialising(flavour: str | None) -> trt.TensorRT | None:
     return library if library is not None and library.is_rtx else None
 
 
-def _key(library: trt.TensorRT, device: torch.device) -> dict[str, Any]:
+def _put(cache: Cache, kind: str, library: trt.TensorRT, device: torch.device, found: bytes) -> None:
+    what = f"{library.name} on {describe_gpu(device)['name']}"
+    cache.put(_key(kind, library, device), {kind: found}, {"what": what})
+
+
+def _key(kind: str, library: trt.TensorRT, device: torch.device) -> dict[str, Any]:
     return {
-        "kind": "kernels",
+        "kind": kind,
         "library": library.name,
         "gpu": describe_gpu(device),
         "driver": driver_version(),

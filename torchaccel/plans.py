@@ -1,6 +1,5 @@
 """Plans that outlive their process: what one depends on, the way into the cache and back, and what does not serve."""
 
-import functools
 import time
 import warnings
 from collections import Counter
@@ -11,25 +10,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchaccel import kernels
+from torchaccel import choices, kernels
 from torchaccel.backends.base import Backend, Plan
 from torchaccel.cache import Cache
 from torchaccel.capture import Program
 from torchaccel.entries import Entry
-from torchaccel.environment import distribution_version, facts
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning
+from torchaccel.fused.notes import Notes
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import is_out_of_memory
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
 from torchaccel.program_key import NoKeyError, program_key
-from torchaccel.provenance import code_hash, describe_gpu
+from torchaccel.provenance import describe_gpu, versions
 from torchaccel.report import Coverage, EngineRecord
 
 Served = TypeVar("Served")
-
-_MACHINE = ("platform", "driver", "cuda", "cudnn", "torch", "torchvision", "torch_tensorrt", "tensorrt", "tensorrt_rtx")
-_EXPORT = ("onnx", "onnxscript", "onnx-ir")
 
 
 @dataclass
@@ -59,10 +55,11 @@ def serve(
     record: EngineRecord,
     load: Callable[[Plan], Served],
 ) -> Served:
-    """What `load` makes of the plan of a program, and of the kernels that the cache has for it.
+    """What `load` makes of the plan of a program, and of the kernels and choices that the cache has for it.
 
-    A plan that does not serve is not left in the cache; one that came from there is built again, with a warning.
+    What does not serve is not left in the cache; where it came from there, the engine is built again, with a warning.
     """
+    precision = PRECISIONS[options.precision]
     plans_of: Cache | None = cache
     while True:
         started = time.perf_counter()
@@ -72,22 +69,26 @@ def serve(
         plan = found.plan
         record.coverage, record.library, record.plan_mib = plan.coverage, plan.library, plan.size_mib()
         record.from_cache, record.not_cached_because = found.from_cache, found.why_not_kept
-        flavour = plan.manifest.get("flavour")
+        flavour, notes = plan.manifest.get("flavour"), Notes()
         try:
             kernels.restore(flavour, device, cache)
-            with cache.compiling(device) if cache and backend.compiles else nullcontext():
+            with (
+                choices.kept(backend, program, precision, device, plans_of, what) as notes,
+                cache.compiling(device) if cache and backend.compiles else nullcontext(),
+            ):
                 served = load(plan)
         except (BuildError, AccuracyError) as error:
             if is_out_of_memory(error):
                 raise
             found.discard()
-            if not found.from_cache:
+            if not found.from_cache and not notes.recalled:
                 raise
             reason = str(error)
         else:
             kernels.keep(flavour, device, cache)
             return served
-        warnings.warn(f"the engine from the cache does not serve, and is built again: {reason}", CacheWarning, 2)
+        whose = "the engine from the cache" if found.from_cache else "the engine with choices from the cache"
+        warnings.warn(f"{whose} does not serve, and is built again: {reason}", CacheWarning, 2)
         record.gates, plans_of = (), None
 
 
@@ -109,7 +110,8 @@ def plan_for(
     precision = PRECISIONS[options.precision]
 
     def build() -> Plan:
-        return backend.build(program, precision, device, partial=options.partial)
+        with kernels.timings_kept(backend.tensorrt(), device, cache):
+            return backend.build(program, precision, device, partial=options.partial)
 
     if cache is None or backend.native:
         return Found(build())
@@ -142,17 +144,6 @@ def plan_key(backend: Backend, program: Program, options: Options, gpu: dict[str
         "gpu": gpu,
         "versions": versions(),
         "program": program_key(program),
-    }
-
-
-@functools.cache
-def versions() -> dict[str, Any]:
-    """Of all that has a part in a build, our own code included."""
-    known = facts().to_dict()
-    return {
-        **{name: known[name] for name in _MACHINE},
-        **{name: distribution_version(name) for name in _EXPORT},
-        "torchaccel": code_hash(),
     }
 
 

@@ -16,8 +16,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, SymIntArgu
 from torchaccel.capture import Program
 from torchaccel.prepare import WEIGHT_KINDS
 
-# Operators whose meaning follows from the versions of PyTorch and torchvision.
-NAMESPACES = ("aten", "prims", "torchvision")
+# Operators whose meaning follows from the versions of PyTorch and torchvision, and from our own code.
+NAMESPACES = ("aten", "prims", "torchvision", "torchaccel")
 MODULES = ("_operator", "builtins", "math", "torch")
 _WORDS = (torch.dtype, torch.layout, torch.memory_format)
 _TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 import torch
 
-from torchaccel.environment import facts, gpus, run_tool
+from torchaccel.environment import distribution_version, facts, gpus, run_tool
+
+_MACHINE = ("platform", "driver", "cuda", "cudnn", "torch", "torchvision", "torch_tensorrt", "tensorrt", "tensorrt_rtx")
+_EXPORT = ("onnx", "onnxscript", "onnx-ir")
 
 
 def gpu_state(index: int = 0) -> dict[str, float]:
@@ -41,6 +45,13 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What of a device the time of an engine depends on."""
+    if device.type == "cuda":
+        return describe_gpu(device)
+    return {"name": facts().cpu, "threads": torch.get_num_threads()}
+
+
 def _git_object(kind: str, content: bytes) -> str:
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
@@ -64,6 +75,17 @@ def _tree_hash(folder: Path) -> str | None:
 def code_hash() -> str | None:
     """git's hash of the folder `torchaccel` as it lies on disk: which code this is."""
     return _tree_hash(Path(__file__).parent)
+
+
+@functools.cache
+def versions() -> dict[str, Any]:
+    """Of all that has a part in a build, our own code included."""
+    known = facts().to_dict()
+    return {
+        **{name: known[name] for name in _MACHINE},
+        **{name: distribution_version(name) for name in _EXPORT},
+        "torchaccel": code_hash(),
+    }
 
 
 def provenance() -> dict[str, Any]:

@@ -8,11 +8,10 @@ import torch
 from torchaccel.backends.base import Backend
 from torchaccel.cache import Cache
 from torchaccel.capture import Program
-from torchaccel.environment import distribution_version, facts
+from torchaccel.environment import distribution_version
 from torchaccel.options import RACE_BUDGET_S, Options
-from torchaccel.plans import versions
 from torchaccel.program_key import program_key
-from torchaccel.provenance import describe_gpu
+from torchaccel.provenance import describe_device, versions
 from torchaccel.report import RaceEntry, RaceRecord
 
 
@@ -38,13 +37,6 @@ def race_key(
         "inputs": [[str(tensor.dtype), list(tensor.shape), list(tensor.stride())] for tensor in tensors],
         "program": program_key(program, values=False),
     }
-
-
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """What of a device the time of an engine depends on."""
-    if device.type == "cuda":
-        return describe_gpu(device)
-    return {"name": facts().cpu, "threads": torch.get_num_threads()}
 
 
 def remembered(cache: Cache, key: dict[str, Any]) -> RaceRecord | None:

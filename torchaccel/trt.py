@@ -47,6 +47,7 @@ class TensorRT:
         self.log = _make_logger(api)
         self._kernels: dict[torch.device, Any] = {}
         self._known_kernels: dict[torch.device, bytes] = {}  # what an earlier process had, or the cache was given
+        self._timings: dict[torch.device, bytes] = {}
         self._lock = threading.Lock()
 
     @property
@@ -88,6 +89,34 @@ class TensorRT:
                 return None
             self._known_kernels[device] = serialised
             return serialised
+
+    def timings(self, device: torch.device) -> bytes:
+        """What builds for a device have timed so far, serialised; empty at first, and always on TensorRT-RTX."""
+        return self._timings.get(device, b"")
+
+    def begin_with_timings(self, device: torch.device, serialised: bytes) -> None:
+        """Let the next build for a device begin with what an earlier process has timed."""
+        self._timings[device] = serialised
+
+    def reuse_timings(self, config: "TensorRT.api.IBuilderConfig", device: torch.device) -> None:
+        """Let a build time no kernel that an earlier one for the device has timed (TensorRT proper alone)."""
+        if self.is_rtx:
+            return
+        for serialised in dict.fromkeys((self.timings(device), b"")):
+            timings: Any = config.create_timing_cache(serialised)
+            if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
+                return
+            reason = self.log.take_errors() or "it gives no reason"
+            if self._timings.pop(device, None):
+                warnings.warn(f"{self.name} refuses the timings in the cache ({reason}): new ones.", CacheWarning, 2)
+
+    def keep_timings(self, config: "TensorRT.api.IBuilderConfig", device: torch.device) -> None:
+        """After a build: keep what it has timed for the next one."""
+        if self.is_rtx:
+            return
+        timings: Any = config.get_timing_cache()
+        if timings is not None and (serialised := timings.serialize()) is not None:
+            self._timings[device] = bytes(serialised)
 
 
 def unavailable(flavour: str | None = None) -> str | None:
@@ -148,13 +177,15 @@ def build_from_onnx(
     profile: Sequence[tuple[str, Shape, Shape, Shape]],
     *,
     tf32: bool,
+    device: torch.device | None = None,
 ) -> bytes:
     """Build a strongly typed engine from an ONNX file with TensorRT's own parser; returns the serialised engine.
 
     `profile` has, for each input, its name and its smallest, optimal and largest shape. The engine has two profiles
     where these differ, one for the optimal shapes alone: kernels for a range take 1.4 times as long (ResNet-18 at batch
     32 on TensorRT-RTX 1.4), those of a profile of one shape no longer than a static engine's.
-    Raises `BuildError` naming the operators that the parser refuses.
+    Raises `BuildError` naming the operators that the parser refuses. On TensorRT proper, builds for one `device` share
+    what they time.
     """
     api = trt.api
     trt.log.take_errors()
@@ -169,9 +200,13 @@ def build_from_onnx(
         at_best = [(name, best, best, best) for name, _, best, _ in profile]
         for shapes in (at_best, profile):
             config.add_optimization_profile(optimization_profile(builder, shapes))
+    if device is not None:
+        trt.reuse_timings(config, device)
     serialised = builder.build_serialized_network(network, config)
     if serialised is None:
         raise BuildError(f"{trt.name} could not build the engine: {trt.log.take_errors()}")
+    if device is not None:
+        trt.keep_timings(config, device)
     return bytes(serialised)
 
 

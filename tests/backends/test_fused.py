@@ -91,6 +91,7 @@ def _failing(program: Any) -> Any:
 def test_a_route_that_fails_leaves_the_other_and_its_reason(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fused._ROUTES, "failing", _failing)
     monkeypatch.setattr(fused, "_tried", lambda routes, program, device: routes)
+    monkeypatch.setattr(fused, "_time_ms", lambda engine, inputs, device: 1.0)
     backend = Fused(routes=("failing", "plain"))
     plan = backend.build(program, PRECISIONS["fp32"], CPU)
     engine = backend.load(plan, CPU)

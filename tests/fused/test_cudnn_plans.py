@@ -2,13 +2,15 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from torchaccel.environment import import_problem
 from torchaccel.fused import cudnn_plans
-from torchaccel.fused.cudnn_plans import ACTIVATIONS, Problem
+from torchaccel.fused.cudnn_plans import ACTIVATIONS, Plan, Problem
+from torchaccel.fused.notes import Notes, taking
 
 needs_cudnn = pytest.mark.skipif(bool(import_problem("cudnn")), reason=str(import_problem("cudnn")))
 PROBLEM = Problem(
@@ -58,3 +60,98 @@ def test_there_are_no_plans_for_float32_or_other_activations(monkeypatch: pytest
     assert not cudnn_plans.takes(x.float(), "relu")
     assert not cudnn_plans.takes(x, "hardswish")
     assert not cudnn_plans.takes(x[:0], "relu")
+
+
+class Graph:
+    """What cuDNN proposes for a problem: plans by name, of which one can be built at a time."""
+
+    names: tuple[str, ...] = ("slow", "fast", "fast", "middling")
+    built: ClassVar[list[str]] = []
+
+    def get_execution_plan_count(self) -> int:
+        return len(self.names)
+
+    def get_plan_name_at_index(self, index: int) -> str:
+        return self.names[index]
+
+    def build_plan_at_index(self, index: int) -> None:
+        self.built.append(self.names[index])
+
+    def get_workspace_size_plan_at_index(self, index: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    """A process that has no plans yet, and a cuDNN whose plans take given times."""
+    times_ms = {"slow": 3.0, "fast": 1.0, "middling": 2.0}
+
+    def plan_ms(run: Any, expected: torch.Tensor, best_ms: float | None) -> float:
+        run()
+        return times_ms[run.args[0].name]
+
+    monkeypatch.setattr(cudnn_plans, "_plans", {})
+    monkeypatch.setattr(cudnn_plans, "_errors", lambda: (RuntimeError,))
+    monkeypatch.setattr(cudnn_plans, "_graph", lambda problem: Graph())
+    monkeypatch.setattr(cudnn_plans, "_plan_ms", plan_ms)
+    monkeypatch.setattr(Graph, "built", [])
+    return Graph
+
+
+def best(notes: Notes, raises: str = "") -> str:
+    """The name of the plan that a process with these notes takes, and nothing of which it remembers afterwards."""
+
+    def example(plan: Plan) -> torch.Tensor:
+        if plan.name == raises:
+            raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+        return torch.ones(1)
+
+    with taking(notes):
+        plan = cudnn_plans.best_plan(PROBLEM, example, lambda: torch.ones(1))
+    notes.forget()
+    assert plan is not None
+    return plan.name
+
+
+def test_the_plan_of_an_earlier_process_is_the_only_one_that_is_built(graph: type[Graph]) -> None:
+    first = Notes()
+    assert best(first) == "fast"
+    assert graph.built == ["slow", "fast", "middling", "fast"]
+    cudnn_plans._plans.clear()
+    graph.built.clear()
+    second = Notes(first.made)
+    assert best(second) == "fast"
+    assert graph.built == ["fast"]
+    assert second.new() == {}
+    assert cudnn_plans._plans == {}, "what was recalled is forgotten"
+
+
+@pytest.mark.parametrize("fault", ["name", "index", "fails"])
+def test_a_plan_that_is_no_longer_there_is_searched_anew(
+    fault: str, graph: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Notes()
+    best(first)
+    cudnn_plans._plans.clear()
+    others = {"name": ("slow", "middling", "fast"), "index": ("middling",), "fails": Graph.names}
+    monkeypatch.setattr(Graph, "names", others[fault])
+    graph.built.clear()
+    second = Notes(first.made)
+    found = best(second, raises="fast" if fault == "fails" else "")
+    assert found == ("fast" if fault == "name" else "middling")
+    assert set(graph.built) == set(others[fault])
+    assert [name for _, name in second.new().values()] == [found]
+
+
+def test_without_memory_for_a_plan_nothing_is_searched(graph: type[Graph]) -> None:
+    first = Notes()
+    best(first)
+    cudnn_plans._plans.clear()
+    graph.built.clear()
+
+    def example(plan: Plan) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with taking(Notes(first.made)), pytest.raises(torch.OutOfMemoryError):
+        cudnn_plans.best_plan(PROBLEM, example, lambda: torch.ones(1))
+    assert graph.built == ["fast"]

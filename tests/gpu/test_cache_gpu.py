@@ -52,7 +52,7 @@ def test_a_second_process_serves_its_first_result_within_a_second(backend: str, 
     assert [run["from_cache"] for run in (first, second, third)] == [False, True, True]
     assert second["gates"]
     assert second["sum"] == pytest.approx(first["sum"], rel=1e-2)
-    assert {entry.kind for entry in cache.entries()} in ({"plan"}, {"plan", "kernels"})
+    assert {entry.kind for entry in cache.entries()} in ({"plan"}, {"plan", "kernels"}, {"plan", "timings"})
     assert min(second["seconds"], third["seconds"]) <= 1.0
     assert set(cache.verify().values()) == {""}
 
@@ -70,6 +70,23 @@ def test_a_second_process_goes_straight_to_the_winner_of_a_known_race(cache: Cac
     assert second["sum"] == pytest.approx(first["sum"], rel=1e-2)
     assert second["seconds"] < first["seconds"] / 3
     assert {"race", "plan"} <= {entry.kind for entry in cache.entries()}
+    assert set(cache.verify().values()) == {""}
+
+
+def test_a_second_process_of_the_fused_backend_searches_nothing(cache: Cache) -> None:
+    need("fused")
+    first = ended(start("fused", cache.folder))
+    second = ended(start("fused", cache.folder))
+    for run in (first, second):
+        print(f"problems timed: {run['timed']}, plans searched: {run['plan_searches']}; {run['library']}")
+    assert first["timed"] > 0
+    assert (second["timed"], second["plan_searches"]) == (0, 0)
+    assert "chosen by an earlier process" in second["library"]
+    assert second["library"].replace("chosen by an earlier process; ", "") == first["library"]
+    assert second["gates"]
+    assert second["sum"] == pytest.approx(first["sum"], rel=1e-2)
+    assert second["seconds"] < first["seconds"] / 2
+    assert "choices" in {entry.kind for entry in cache.entries()}
     assert set(cache.verify().values()) == {""}
 
 

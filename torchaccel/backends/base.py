@@ -92,6 +92,14 @@ class Backend(ABC):
     def lower(self, program: Program) -> None:  # noqa: B027 - most have nothing to rewrite
         """Rewrite a captured program, before it has its weights, so that this backend can take it."""
 
+    def chooses(self, device: torch.device) -> bool:
+        """Whether loading a plan there times what computes the same: the choice then is worth keeping."""
+        return False
+
+    def tensorrt(self) -> trt.TensorRT | None:
+        """The TensorRT that builds its plans; None for one of PyTorch's own."""
+        return None
+
     def library(self) -> str:
         """What builds its plans, with the version."""
         return f"PyTorch {torch.__version__}"

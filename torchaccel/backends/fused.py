@@ -13,6 +13,7 @@ from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
 from torchaccel.capture import Program, quiet
 from torchaccel.environment import triton_problem
 from torchaccel.errors import BuildError
+from torchaccel.fused.notes import note, recall
 from torchaccel.memory import is_out_of_memory
 from torchaccel.precision import Precision
 
@@ -41,33 +42,27 @@ class Fused(NativeBackend):
 
         rewrite(program, PASSES if self._passes is None else self._passes)
 
+    def chooses(self, device: torch.device) -> bool:
+        """On a GPU: its kernels and the route."""
+        return device.type == "cuda"
+
     def load(self, plan: Plan, device: torch.device) -> Engine:
-        """Choose every kernel by a first run on the program's own examples, then the route that is faster."""
+        """Choose every kernel by a first run on the program's own examples, then the route that is faster.
+
+        The route of an earlier process is the only one that is run, unless it fails.
+        """
         program: Program = plan.payload
-        is_gpu = device.type == "cuda"
         routes = _tried(self._routes, program, device)
-        engines: dict[str, Engine] = {}
-        times_ms: dict[str, float] = {}
-        failures: dict[str, str] = {}
-        for route in routes:
-            try:
-                engine = FusedEngine(_ROUTES[route](program), plan.precision, program)
-                inputs = [engine.input_buffer(index, tensor) for index, tensor in enumerate(program.inputs)]
-                with quiet():
-                    engine(*inputs)
-                times_ms[route] = _time_ms(engine, inputs, device) if is_gpu and len(routes) > 1 else 0.0
-                engines[route] = engine
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                failures[route] = f"{type(error).__name__}: {error}"
-        if not engines:
-            reasons = "; ".join(f"{route}: {reason}" for route, reason in failures.items())
-            raise BuildError(f"the rewritten program could not be run ({reasons})")
-        chosen = min(engines, key=lambda route: times_ms[route])
-        plan.manifest |= {"route": chosen, "routes_ms": times_ms, "routes_failed": failures}
-        plan.library = f"PyTorch {torch.__version__} ({_story(chosen, times_ms, failures, device)})"
-        return engines[chosen]
+        problem = ("route", routes)
+        known = recall(problem) if len(routes) > 1 else None
+        engine = _known(known, routes, program, plan.precision)
+        from_cache = engine is not None
+        engine, found = (engine, known or {}) if engine else _fastest(routes, program, plan.precision, device)
+        if len(routes) > 1:
+            note(problem, found)
+        plan.manifest |= found
+        plan.library = f"PyTorch {torch.__version__} ({_story(found, device, from_cache=from_cache)})"
+        return engine
 
 
 class FusedEngine(NativeEngine):
@@ -114,15 +109,63 @@ def _widened_inputs(program: Program) -> dict[int, int]:
     return {index: wanted[1] for index, (wanted, given) in pairs if given.dim() == 4 and given.shape[1] != wanted[1]}
 
 
-def _story(chosen: str, times_ms: dict[str, float], failures: dict[str, str], device: torch.device) -> str:
+def _known(
+    known: dict[str, Any] | None, routes: tuple[str, ...], program: Program, precision: Precision
+) -> Engine | None:
+    """The engine of the route that an earlier process chose, once it has run; None where there is none that runs."""
+    if known is None or known["route"] not in routes:
+        return None
+    try:
+        return _first_run(known["route"], program, precision)[0]
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+def _fastest(
+    routes: tuple[str, ...], program: Program, precision: Precision, device: torch.device
+) -> tuple[Engine, dict[str, Any]]:
+    """The engine of the fastest route, and what a manifest says of all; raises `BuildError` where none can be run."""
+    engines: dict[str, Engine] = {}
+    times_ms: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for route in routes:
+        try:
+            engine, inputs = _first_run(route, program, precision)
+            times_ms[route] = _time_ms(engine, inputs, device) if len(routes) > 1 else 0.0
+            engines[route] = engine
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            failures[route] = f"{type(error).__name__}: {error}"
+    if not engines:
+        reasons = "; ".join(f"{route}: {reason}" for route, reason in failures.items())
+        raise BuildError(f"the rewritten program could not be run ({reasons})")
+    chosen = min(engines, key=lambda route: times_ms[route])
+    return engines[chosen], {"route": chosen, "routes_ms": times_ms, "routes_failed": failures}
+
+
+def _first_run(route: str, program: Program, precision: Precision) -> tuple[Engine, list[torch.Tensor]]:
+    """An engine that has run once, in which its kernels are chosen; and the inputs of that run."""
+    engine = FusedEngine(_ROUTES[route](program), precision, program)
+    inputs = [engine.input_buffer(index, tensor) for index, tensor in enumerate(program.inputs)]
+    with quiet():
+        engine(*inputs)
+    return engine, inputs
+
+
+def _story(found: dict[str, Any], device: torch.device, *, from_cache: bool) -> str:
     """Which route serves, what became of the others, and why cuDNN's plans were not timed, if they were not."""
     from torchaccel.fused import cudnn_plans
 
-    others = [f"{route} {time:.3f} ms" for route, time in times_ms.items() if len(times_ms) > 1]
+    times_ms, failures = found["routes_ms"], found["routes_failed"]
+    others = ["chosen by an earlier process"] if from_cache else []
+    others += [f"{route} {time:.3f} ms" for route, time in times_ms.items() if len(times_ms) > 1]
     others += [f"{route} failed: {reason.splitlines()[0]}" for route, reason in failures.items()]
     if device.type == "cuda" and (reason := cudnn_plans.problem()):
         others.append(f"without cuDNN's own plans: {reason}")
-    return "; ".join([f"{chosen} route", *others])
+    return "; ".join([f"{found['route']} route", *others])
 
 
 def _plain(program: Program) -> Any:

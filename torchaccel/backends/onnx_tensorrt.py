@@ -39,28 +39,32 @@ class OnnxTensorRT(TensorRTBacked, Backend):
 
     def library(self) -> str:
         """The TensorRT whose parser it is."""
-        return trt.load().name
+        return self.tensorrt().name
+
+    def tensorrt(self) -> trt.TensorRT:
+        """TensorRT proper where it imports, and TensorRT-RTX otherwise."""
+        return trt.load()
 
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Export, clean, parse and build; needs no GPU."""
-        return self._build(export(program), program, precision)
+        return self._build(export(program), program, precision, device)
 
     def rebuild(self, plan: Plan, program: Program, device: torch.device, *, partial: bool = False) -> Plan:
         """Swap the weights of the kept ONNX graph and build that; the export, which takes longest, is spared."""
         if plan.source is None:
             return self.build(program, plan.precision, device, partial=partial)
         put_weights(plan.source, program)
-        return self._build(plan.source, program, plan.precision)
+        return self._build(plan.source, program, plan.precision, device)
 
-    def _build(self, model: Any, program: Program, precision: Precision) -> Plan:
-        tensorrt = trt.load()
+    def _build(self, model: Any, program: Program, precision: Precision, device: torch.device) -> Plan:
+        tensorrt = self.tensorrt()
         names = [value.name for value in model.graph.inputs]
         profile = [(name, *program.shapes(index)) for index, name in enumerate(names)]
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = str(Path(folder) / "model.onnx")
                 save(model, path)
-                serialised = trt.build_from_onnx(tensorrt, path, profile, tf32=precision.tf32)
+                serialised = trt.build_from_onnx(tensorrt, path, profile, tf32=precision.tf32, device=device)
         finally:
             drop_weights(model, program)
         manifest = {

@@ -65,7 +65,11 @@ class TorchTensorRT(TensorRTBacked, Backend):
         """Torch-TensorRT and the TensorRT beneath."""
         import torch_tensorrt
 
-        return f"Torch-TensorRT {torch_tensorrt.__version__} on {trt.load(_flavour()).name}"
+        return f"Torch-TensorRT {torch_tensorrt.__version__} on {self.tensorrt().name}"
+
+    def tensorrt(self) -> trt.TensorRT:
+        """The TensorRT beneath."""
+        return trt.load(_flavour())
 
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """Lower, convert and build; raises `BuildError` naming operators outside engines, unless `partial`."""
@@ -73,7 +77,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
         try:
             with quiet(*LOGGERS):
                 source = _decompose(program, settings)
-                engine = _convert(source, program, settings)
+                engine = _convert(source, program, settings, device)
             if engine is not None:
                 return self._whole(program, precision, engine, source)
             compiled = _compile(program, {**settings, "require_full_compilation": not partial})
@@ -102,7 +106,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
         for name in program.rules:
             put_weight(plan.source, name, weights[name].detach())
         with quiet(*LOGGERS):
-            engine = _convert(plan.source, program, _settings(plan.precision, device))
+            engine = _convert(plan.source, program, _settings(plan.precision, device), device)
         if engine is None:
             raise BuildError("Torch-TensorRT converts the program no longer as it did at first; refresh() builds anew.")
         return self._whole(program, plan.precision, engine, plan.source)
@@ -197,7 +201,7 @@ def _decompose(program: Program, settings: dict[str, Any]) -> ExportedProgram:
 
 
 def _convert(
-    decomposed: ExportedProgram, program: Program, settings: dict[str, Any]
+    decomposed: ExportedProgram, program: Program, settings: dict[str, Any], device: torch.device
 ) -> tuple[bytes, dict[str, Any]] | None:
     """One engine of the whole program and its manifest; None where its outputs are not all different tensors.
 
@@ -217,6 +221,7 @@ def _convert(
     interpreter = TRTInterpreter(lowered, _inputs(program), dtypes, compilation_settings=chosen)
     if program.batch is not None:
         _add_profile_at_best(interpreter, program)
+    _share_timings(interpreter, trt.load(_flavour()), device)
     built = interpreter.run()
     if len(set(results)) != len(results) or len(built.output_names) != len(results):
         return None
@@ -236,6 +241,13 @@ def _add_profile_at_best(interpreter: Any, program: Program) -> None:
             interpreter.optimization_profiles.insert(0, trt.optimization_profile(interpreter.builder, moving))
 
     interpreter._construct_trt_network_def = define_with_profile
+
+
+def _share_timings(interpreter: Any, library: trt.TensorRT, device: torch.device) -> None:
+    """Have TensorRT proper's timings where ours are, rather than in Torch-TensorRT's own file, which is not checked."""
+    if not library.is_rtx:
+        interpreter._create_timing_cache = lambda config, *_: library.reuse_timings(config, device)
+        interpreter._save_timing_cache = lambda config, *_: library.keep_timings(config, device)
 
 
 def _compilation_settings(settings: dict[str, Any]) -> Any:

@@ -1,4 +1,7 @@
-"""Choosing among kernels that compute the same, by timing them: once for each problem in a process."""
+"""Choosing among kernels that compute the same, by timing them: once for each problem in a process.
+
+Where the notes of an earlier process have the choice, nothing is timed.
+"""
 
 import threading
 import warnings
@@ -7,6 +10,8 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 
 import torch
+
+from torchaccel.fused.notes import note, recall
 
 Run = Callable[[], torch.Tensor]
 
@@ -27,18 +32,16 @@ def choose(problem: Hashable, candidates: Mapping[str, Run]) -> str:
     A candidate that raises, or is off from the reference, is out. While a graph is being captured nothing can be
     timed: the reference serves then, for this once.
     """
-    known = _chosen.get(problem)
-    if known is not None:
-        return known
-    names = list(candidates)
-    if len(names) == 1 or torch.cuda.is_current_stream_capturing():
-        return names[0]
-    with _lock:
-        if problem not in _chosen:
-            times = _race(candidates)
-            _times_ms[problem] = times
-            _chosen[problem] = min(times, key=times.__getitem__)
-        return _chosen[problem]
+    name = _chosen.get(problem)
+    if name is None:
+        names = list(candidates)
+        if len(names) == 1 or torch.cuda.is_current_stream_capturing():
+            return names[0]
+        with _lock:
+            name = _chosen.get(problem) or _recalled(problem, candidates) or _fastest(problem, candidates)
+            _chosen[problem] = name
+    note(problem, name)
+    return name
 
 
 def failures() -> Counter[tuple[str, str]]:
@@ -49,6 +52,30 @@ def failures() -> Counter[tuple[str, str]]:
 def times_ms() -> dict[Hashable, dict[str, float]]:
     """What was timed so far: for each problem the milliseconds of each candidate that was not out."""
     return dict(_times_ms)
+
+
+def _recalled(problem: Hashable, candidates: Mapping[str, Run]) -> str | None:
+    """The candidate that an earlier process chose; None where that is not known, or cannot be run any more."""
+    name = recall(problem, _chosen)
+    if name not in candidates:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            candidates[name]()
+    except RuntimeError as error:
+        _fail(name, error)
+        return None
+    return str(name)
+
+
+def _fastest(problem: Hashable, candidates: Mapping[str, Run]) -> str:
+    times = _times_ms[problem] = _race(candidates)
+    return min(times, key=times.__getitem__)
+
+
+def _fail(name: str, error: RuntimeError) -> None:
+    _failures[name, str(error).partition("\n")[0]] += 1
 
 
 def _race(candidates: Mapping[str, Run]) -> dict[str, float]:
@@ -63,7 +90,7 @@ def _race(candidates: Mapping[str, Run]) -> dict[str, float]:
                 if _agree(run(), expected):
                     times[name] = graph_ms(run, expected.device)
         except RuntimeError as error:
-            _failures[name, str(error).partition("\n")[0]] += 1
+            _fail(name, error)
     return times
 
 

@@ -15,6 +15,7 @@ import torch
 
 from torchaccel.environment import import_problem
 from torchaccel.fused.choice import graph_ms
+from torchaccel.fused.notes import note, recall
 from torchaccel.memory import is_out_of_memory
 
 MAX_WORKSPACE_BYTES = 256 << 20
@@ -63,7 +64,7 @@ class Plan:
     """One execution plan; called with the tensors of its problem, it can be captured in a CUDA graph."""
 
     def __init__(self, problem: Problem, graph: Any, index: int) -> None:
-        self._problem, self._graph, self._index = problem, graph, index
+        self._problem, self._graph, self.index = problem, graph, index
         self._workspace_bytes = max(1, graph.get_workspace_size_plan_at_index(index))
         self.name = graph.get_plan_name_at_index(index)
 
@@ -78,7 +79,7 @@ class Plan:
         pointers = {uid: tensor.data_ptr() for uid, tensor in tensors.items()}
         with _lock:
             handle = _handle(x.device)
-            self._graph.execute_plan_at_index(pointers, workspace.data_ptr(), self._index, handle)
+            self._graph.execute_plan_at_index(pointers, workspace.data_ptr(), self.index, handle)
         return y
 
 
@@ -87,12 +88,16 @@ def best_plan(
 ) -> Plan | None:
     """The fastest plan for a problem, remembered for the process; None where cuDNN has none.
 
-    `example` runs a plan on tensors of the problem, for which it must give what `expected` does.
+    `example` runs a plan on tensors of the problem, for which it must give what `expected` does. A plan that the notes
+    of an earlier process have is built and run alone; where cuDNN has it no longer, all are searched.
     """
     with _lock:
         if problem_ not in _plans:
-            _plans[problem_] = _search(problem_, example, expected())
-        return _plans[problem_]
+            _plans[problem_] = _recalled(problem_, example) or _search(problem_, example, expected())
+        plan = _plans[problem_]
+    if plan is not None:
+        note(problem_, [plan.index, plan.name])
+    return plan
 
 
 def possible(x: torch.Tensor) -> bool:
@@ -103,6 +108,22 @@ def possible(x: torch.Tensor) -> bool:
 def takes(x: torch.Tensor, activation: str) -> bool:
     """Whether there may be plans for such an input and activation."""
     return x.dtype in DTYPES and activation in ACTIVATIONS and x.numel() > 0 and problem() is None
+
+
+def _recalled(problem_: Problem, example: Callable[[Plan], torch.Tensor]) -> Plan | None:
+    """The plan that an earlier process chose, once it has run; None where that is not known, or it is not to be had."""
+    known = recall(problem_, _plans)
+    if known is None:
+        return None
+    try:
+        plan = _only(problem_, *known)
+        if plan is not None:
+            example(plan)
+    except _errors() as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    return plan
 
 
 def _search(problem_: Problem, example: Callable[[Plan], torch.Tensor], expected: torch.Tensor) -> Plan | None:
@@ -119,7 +140,7 @@ def _search(problem_: Problem, example: Callable[[Plan], torch.Tensor], expected
                 raise
             continue
         if time is not None and (best is None or time < best[0]):
-            best = time, plan._index, plan.name
+            best = time, plan.index, plan.name
     if best is None:
         return None
     return _alone(problem_, graph, best)
@@ -137,10 +158,15 @@ def _plan_ms(run: Callable[[], torch.Tensor], expected: torch.Tensor, best_ms: f
 def _alone(problem_: Problem, graph: Any, best: tuple[float, int, str]) -> Plan:
     """The best plan in a graph of its own, so that the others' kernels can be unloaded."""
     _, index, name = best
-    fresh = _graph(problem_)
-    if index < fresh.get_execution_plan_count() and fresh.get_plan_name_at_index(index) == name:
-        fresh.build_plan_at_index(index)
-        return Plan(problem_, fresh, index)
+    return _only(problem_, index, name) or Plan(problem_, graph, index)
+
+
+def _only(problem_: Problem, index: int, name: str) -> Plan | None:
+    """The plan of that number, built in a new graph; None where cuDNN has another one there."""
+    graph = _graph(problem_)
+    if index >= graph.get_execution_plan_count() or graph.get_plan_name_at_index(index) != name:
+        return None
+    graph.build_plan_at_index(index)
     return Plan(problem_, graph, index)
 
 
