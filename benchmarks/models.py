@@ -102,3 +102,8 @@ TWINS = {
         Model("vit_b_16_functional", _vit_twin),
     )
 }
+
+
+def named_model(name: str) -> Model:
+    """One of `MODELS` or `TWINS`."""
+    return (MODELS | TWINS)[name]
