@@ -379,11 +379,12 @@ def test_the_models_look_trained_and_depend_on_their_inputs():
 
 @torch.no_grad()
 def test_the_functional_resnets_compute_what_torchvision_computes():
-    from torchvision.models import resnet18, resnet50
+    from torchvision.models.resnet import Bottleneck, ResNet
 
-    for make in (resnet18, resnet50):
-        module = models.look_trained(make(), size=32)
-        twin = FunctionalResNet(module.state_dict())
+    deep = models.look_trained(ResNet(Bottleneck, [2, 1, 1, 1]), size=32)
+    pairs = [(deep, FunctionalResNet(deep.state_dict()))]
+    pairs += [(models.named_model("resnet18").module(), models.named_model("resnet18_functional").module())]
+    for module, twin in pairs:
         images = torch.randn(2, 3, 32, 32)
         assert torch.allclose(twin(images), module(images), rtol=1e-4, atol=1e-5)
         assert not any(isinstance(child, nn.Conv2d | nn.BatchNorm2d) for child in twin.modules())
