@@ -281,17 +281,16 @@ def test_a_cell_that_another_process_measures_is_left_to_it(tiny, tmp_path, caps
 
 
 def test_a_cell_that_another_process_has_just_added_is_not_measured(tiny, tmp_path, monkeypatch):
-    path, measure = tmp_path / "suite.json", suite._measure
+    path, wanted = tmp_path / "suite.json", suite.wanted
 
-    def measured(cell, device, given):
-        added_as_other = suite_file.SuiteFile(path)
-        added_as_other.add(Cell("tiny", "fp16", 2), made_up("tiny", "fp16", 2, own=1.0), {"peers": given.peers})
-        return measure(cell, device, given)
+    def added_meanwhile(given, device):  # the file has been read by then
+        rows = made_up("tiny", "fp16", 1, own=1.0, eager=2.0)
+        suite_file.SuiteFile(path).add(Cell("tiny", "fp16", 1), rows, {"peers": given.peers})
+        return wanted(given, device)
 
-    monkeypatch.setattr(suite, "_measure", measured)
+    monkeypatch.setattr(suite, "wanted", added_meanwhile)
     ran(path, "--batch", "1,2", "--precision", "fp16")
-    assert [cell.batch for cell in tiny] == [1]
-    assert len(json.loads(path.read_text())["cells"]) == 2
+    assert [cell.batch for cell in tiny] == [2]
 
 
 def test_every_process_has_a_gpu_and_cores_of_its_own(tmp_path, monkeypatch):
