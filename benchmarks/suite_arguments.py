@@ -51,6 +51,10 @@ def complete(given: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"--peers {' '.join(sorted(missing))} needs a GPU; here there are {', '.join(possible)}")
     if given.gpus > max(1, torch.cuda.device_count()):
         raise ValueError(f"--gpus {given.gpus}: this process may use {torch.cuda.device_count()}")
+    if given.gpus > 1 and len(kinds := {torch.cuda.get_device_name(index) for index in range(given.gpus)}) > 1:
+        raise ValueError(
+            f"--gpus {given.gpus}: one file is of one kind of GPU, and these are {', '.join(sorted(kinds))}"
+        )
     if given.race_budget_s is not None and given.backend != "fastest":
         raise ValueError(f"--race-budget-s: --backend {given.backend} is no race; leave it out, or take fastest")
     name = "suite" if given.backend == "fastest" else f"suite-{given.backend}"

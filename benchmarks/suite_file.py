@@ -110,7 +110,7 @@ def alone(path: Path, deadline_s: float | None = None) -> Iterator[None]:
 
 def libraries() -> dict[str, str | None]:
     """The versions that a result file's environment lacks."""
-    return {"transformers": distribution_version("transformers")}
+    return {name: distribution_version(name) for name in ("transformers", "nvidia-cudnn-frontend")}
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:

@@ -231,6 +231,13 @@ def test_what_cannot_be_is_refused(tiny, tmp_path, capsys, arguments, said):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_gpus_of_two_kinds_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "ABB"[index])
+    with pytest.raises(ValueError, match="--gpus 2: one file is of one kind of GPU, and these are A, B"):
+        given(GPU, "--gpus", "2")
+
+
 def test_each_backend_has_a_file_of_its_own():
     for name, expected in (("fastest", "suite.json"), ("fused", "suite-fused.json")):
         found = suite_arguments.parser("").parse_args(["--backend", name])
