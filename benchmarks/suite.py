@@ -102,10 +102,17 @@ def _fill(given: argparse.Namespace, started: float, known: list[Any]) -> int:
                 _say(f"{cell} ...")
                 rows, record = _measure(cell, device, given)
                 file.add(cell, rows, record | under)
+                _say(f"{cell}: {record['wall_s']:.0f} s{_spent_on(rows)}")
             if not _freed(device):
                 _say(f"The GPU is lost to this process since {cell}, whose row has the reason.")
                 return LOST
     return 0
+
+
+def _spent_on(rows: list[dict[str, Any]]) -> str:
+    """What of a cell's time went into building whom."""
+    built = [f"{row['backend']} {row['build_ms'] / 1000:.0f}" for row in rows if row.get("build_ms")]
+    return f"; building {', '.join(built)}" if built else ""
 
 
 def _gpu_lock() -> Path:

@@ -72,6 +72,8 @@ class SuiteFile:
             self.reload()
             self.rows = [row for row in self.rows if not cell.has(row)] + rows
             self.records = [other for other in self.records if not cell.has(other)] + [asdict(cell) | record]
+            for ordered in (self.rows, self.records):  # else in that in which the processes came to their ends
+                ordered.sort(key=lambda one: (one["model"], one["precision"], one["batch"]))
             if self.foreign:
                 self.path.replace(_free_name(self.path))
                 self.foreign = ""
