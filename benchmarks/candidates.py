@@ -48,6 +48,7 @@ class Candidate:
     relative_error: float | None = None
     first_ms: float = 0.0
     race: dict[str, Any] | None = None
+    library: str | None = None  # what computes in torchaccel's engine, and the choices that it made
 
     @property
     def name(self) -> str:
@@ -139,6 +140,7 @@ def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tens
         return candidate
     report = model.report().to_dict()
     candidate.graph, candidate.build_ms = report["graph"], report["build_ms"]
+    candidate.library = report["engines"][-1]["library"]
     if report["races"]:
         candidate.race = race = report["races"][-1]
         candidate.variant = next(entry["name"] for entry in race["entries"] if entry["outcome"] == "won")
@@ -198,6 +200,7 @@ def row(candidate: Candidate, timed: Comparison | None, **shared: Any) -> dict[s
             "reason",
             "notes",
             "race",
+            "library",
         )
     }
     found |= dict.fromkeys((*TIMES, *FIGURES, "throughput_fps", "replay_median_ms", "gain", "batching"))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+
+from benchmarks.functional import FunctionalResNet, FunctionalViT
 
 SEED = 0
 VOCABULARY, TOKENS = 30522, 128  # BERT's own vocabulary, and a usual length
@@ -78,3 +81,29 @@ MODELS = {
         Model("bert_base", _bert, (TOKENS,), VOCABULARY),
     )
 }
+
+
+def _resnet_twin(name: str) -> nn.Module:
+    return FunctionalResNet(MODELS[name].module().state_dict())
+
+
+def _vit_twin() -> nn.Module:
+    return FunctionalViT(MODELS["vit_b_16"].module().state_dict(), heads=12)
+
+
+# The same networks in functional style, with the same weights; they are measured where they are named.
+TWINS = {
+    model.name: model
+    for model in (
+        *(
+            Model(f"{name}_functional", partial(_resnet_twin, name), convolutional=True)
+            for name in ("resnet18", "resnet50")
+        ),
+        Model("vit_b_16_functional", _vit_twin),
+    )
+}
+
+
+def named_model(name: str) -> Model:
+    """One of `MODELS` or `TWINS`."""
+    return (MODELS | TWINS)[name]

@@ -51,6 +51,7 @@ class Plan:
     dynamic_batch: tuple[int, int, int] | None = None
     vocabulary: int | None = None
     alike: bool = False
+    race_budget_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def _compile(plan: Plan, module: nn.Module, precision: str) -> nn.Module:
     batches = plan.dynamic_batch
     if plan.alike:
         module = copy.deepcopy(module).to(PRECISIONS[precision].dtype)
-    return torchaccel.compile(module, precision, backend=plan.backend, dynamic_batch=batches, cache_dir=False)
+    options: dict[str, Any] = {"dynamic_batch": batches, "race_budget_s": plan.race_budget_s}
+    return torchaccel.compile(module, precision, backend=plan.backend, cache_dir=False, **options)
 
 
 def _own(plan: Plan, module: nn.Module, precision: str, compiled: Any, inputs: Tensor) -> list[Candidate]:

@@ -1,18 +1,21 @@
-"""`fastest` beside the best rival, over models, precisions and batches: `python -m benchmarks.suite`.
+"""A backend of torchaccel beside the best rival, over models, precisions and batches: `python -m benchmarks.suite`.
 
 Every cell (a model, a precision, a batch) is written to the result file, under benchmarks/results/<gpu>/, as soon as
-it is measured; one that the file has, of the same code, GPU and versions, is not measured again. Without a GPU a small
-part of it measures the CPU, and says so.
+it is measured; one that the file has, of the same code, GPU and versions, is not measured again. Several processes,
+each on its own GPU, may fill one file: `--gpus` starts them. Without a GPU a small part of it measures the CPU, and
+says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,103 +23,125 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import peers, results_file
-from benchmarks.arguments import choices, count, listed
+from benchmarks import peers
 from benchmarks.candidates import Candidate, named, row
-from benchmarks.models import MODELS
+from benchmarks.models import named_model
+from benchmarks.processes import on_each_gpu
 from benchmarks.run import Plan, carry_out, settings_of
-from benchmarks.suite_file import Cell, SuiteFile
+from benchmarks.suite_arguments import AUTOTUNED, SMALL_PART, complete, parser, wanted
+from benchmarks.suite_file import Cell, SuiteFile, alone
 from benchmarks.suite_table import conclusion, tables
 from torchaccel.memory import release
 
-PRECISIONS = ("fp16", "bf16")
-BATCHES = (1, 8, 32, 128)
-AUTOTUNED = (1, 32)  # the batches at which torch.compile's max-autotune runs unless told otherwise: it takes minutes
-# Of a machine without a GPU. Many cores take seconds for one image of full size in BF16, and a race hundreds of calls.
-SMALL_PART = {"model": ("resnet18",), "precision": ("bf16",), "batch": (1,)}
 CPU_PIXELS = 32
+LOST = 1  # the exit code of a process that has no GPU any more, or never had
 WIDTH = 160  # of the table, in characters, where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the file lacks, print its table; returns 1 where the GPU was lost on the way."""
+    """Measure what the file lacks, print its table; returns 1 where a GPU was lost on the way, or taken."""
     started = time.monotonic()
-    parser = _parser()
-    given = parser.parse_args(arguments)
+    command_line = parser((__doc__ or "").partition("\n")[0])
+    given = command_line.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        file = SuiteFile(given.json or results_file.default_path("suite"))
+        complete(given, device)
+        file = SuiteFile(given.json, given.backend)
     except ValueError as error:
-        parser.error(str(error))
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+        command_line.error(str(error))
     if device.type == "cpu":
         small = " ".join(str(value) for (value,) in SMALL_PART.values())
-        say(f"No GPU was found: this measures the CPU, on images of {CPU_PIXELS} pixels, and by default only {small}.")
+        _say(f"No GPU was found: this measures the CPU, on images of {CPU_PIXELS} pixels, and by default only {small}.")
     if file.foreign:
-        say(f"{file.path} is of other code, device or versions: {file.foreign}. The first cell moves it aside.")
-    left = [cell for cell in _wanted(given, device) if given.again or cell not in file]
-    alive = True
-    while left and alive and not _spent(started, given.limit_s):
-        cell = left.pop(0)
-        say(f"{cell} ...")
-        file.add(cell, *_measure(cell, device, given))
-        alive = _freed(device)
+        _say(f"{file.path} is of another backend, code, device or versions: {file.foreign}.")
+        _say("The first cell moves it aside.")
+    known = file.records if given.again else []
+    work = (given, started, known)
+    codes = on_each_gpu(given.gpus, _fill_and_exit, *work) if given.gpus > 1 else [_fill(*work)]
+    for code in codes:
+        if code not in (0, LOST):
+            _say(f"A process ended with exit code {code}; what it was measuring is left.")
+    file.reload()
     if file.rows:
-        console.print(tables(file.rows))
+        _console().print(tables(file.rows))
         for line in conclusion(file.rows):
-            say(line)
-        say(f"Written: {file.path}")
-    if not alive:
-        say("The GPU is lost to this process since the last cell, whose row has the reason.")
-    say(f"Cells left: {len(left)}." + (" Run the same command again to go on." if left else ""))
-    return 0 if alive else 1
+            _say(line)
+        _say(f"Written: {file.path}")
+    left = sum(not file.has(cell, given.peers, but=known) for cell in wanted(given, device))
+    _say(f"Cells left: {left}." + (" Run the same command again to go on." if left else ""))
+    return int(any(codes))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=(__doc__ or "").partition("\n")[0])
-    add, several = parser.add_argument, "; several: repeat it, or separate them by commas"
-    add("--model", type=listed(choices(MODELS)), action="extend", help=", ".join(MODELS) + several)
-    add("--precision", type=listed(choices(PRECISIONS)), action="extend", help=", ".join(PRECISIONS) + several)
-    add("--batch", type=listed(count), action="extend", help=f"{', '.join(map(str, BATCHES))}, or any other{several}")
-    add("--runs", type=count, default=100, help="timed calls per row (100)")
-    add("--limit-s", type=_seconds, metavar="SECONDS", help="begin no cell later than this after the start")
-    modes = f"torch.compile's modes at every batch; left out, max-autotune is for batches {AUTOTUNED[0]} and 32 alone"
-    add("--compile-modes", nargs="+", choices=peers.COMPILE_MODES, help=modes)
-    add("--again", action="store_true", help="measure the selected cells also where the file has them")
-    add("--json", type=Path, metavar="PATH", help="where the result file is, or goes")
-    return parser
+def _fill_and_exit(given: argparse.Namespace, started: float, known: list[Any]) -> None:
+    """In a process of its own: the exit code is the answer."""
+    sys.exit(_fill(given, started, known))
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 or more")
-    return seconds
+def _fill(given: argparse.Namespace, started: float, known: list[Any]) -> int:
+    """Measure the cells that no record but the `known` is of, each with no other process; `LOST` where the GPU is."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as held:
+        if device.type == "cuda":
+            try:
+                held.enter_context(alone(_gpu_lock(), deadline_s=0.0))
+            except TimeoutError as error:
+                _say(f"{error}: a suite runs on this GPU. Wait for it, or name another in CUDA_VISIBLE_DEVICES.")
+                return LOST
+        file = SuiteFile(given.json, given.backend)
+        under = {
+            "peers": given.peers,
+            "processes": given.gpus,
+            "gpu_uuid": _gpu_uuid() if device.type == "cuda" else None,
+        }
+        for cell in wanted(given, device):
+            with file.claim(cell) as free:
+                if not free or file.has(cell, given.peers, but=known):
+                    continue
+                if _spent(started, given.limit_s):
+                    break
+                _say(f"{cell} ...")
+                rows, record = _measure(cell, device, given)
+                file.add(cell, rows, record | under)
+                _say(f"{cell}: {record['wall_s']:.0f} s{_spent_on(rows)}")
+            if not _freed(device):
+                _say(f"The GPU is lost to this process since {cell}, whose row has the reason.")
+                return LOST
+    return 0
+
+
+def _spent_on(rows: list[dict[str, Any]]) -> str:
+    """What of a cell's time went into building whom."""
+    built = [f"{row['backend']} {row['build_ms'] / 1000:.0f}" for row in rows if row.get("build_ms")]
+    return f"; building {', '.join(built)}" if built else ""
+
+
+def _gpu_lock() -> Path:
+    """The file that whoever measures on this GPU holds."""
+    return Path(tempfile.gettempdir(), f"torchaccel-suite-{os.getuid()}-{_gpu_uuid()}.lock")
+
+
+def _gpu_uuid() -> str:
+    return str(torch.cuda.get_device_properties(0).uuid)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+
+
+def _say(line: str) -> None:
+    _console().print(line, highlight=False, markup=False, soft_wrap=True)
+    sys.stdout.flush()
 
 
 def _spent(started: float, limit_s: float | None) -> bool:
     return limit_s is not None and time.monotonic() - started >= limit_s
 
 
-def _wanted(given: argparse.Namespace, device: torch.device) -> list[Cell]:
-    """The cells selected, a model at a time: its weights are drawn once."""
-    every: dict[str, Sequence[Any]] = {"model": tuple(MODELS), "precision": PRECISIONS, "batch": BATCHES}
-    default = every if device.type == "cuda" else SMALL_PART
-    models, batches, precisions = (
-        tuple(dict.fromkeys(getattr(given, name) or default[name])) for name in ("model", "batch", "precision")
-    )
-    return [Cell(model, precision, batch) for model, batch, precision in product(models, batches, precisions)]
-
-
 def _measure(
     cell: Cell, device: torch.device, given: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a cell, and what else is to be known of it; where it fails, one row has the reason."""
-    started, model = time.monotonic(), MODELS[cell.model]
+    started, model = time.monotonic(), named_model(cell.model)
     plan = Plan(
         model=cell.model,
         shape=model.shape if device.type == "cuda" or model.vocabulary else (3, CPU_PIXELS, CPU_PIXELS),
@@ -125,8 +150,9 @@ def _measure(
         precisions=(cell.precision,),
         batches=(cell.batch,),
         runs=given.runs,
-        backend="fastest",
-        peers=peers.names_for(device, tuple(peers.NAMES)),
+        backend=given.backend,
+        race_budget_s=given.race_budget_s,
+        peers=given.peers,
         compile_modes=tuple(given.compile_modes or peers.COMPILE_MODES[: 1 + (cell.batch in AUTOTUNED)]),
         vocabulary=model.vocabulary,
         alike=True,
@@ -137,7 +163,7 @@ def _measure(
     # Out of memory, a library that is missing, a bug of a rival or of ours: the run goes on, and the row says it.
     except Exception as error:  # noqa: BLE001
         failed = Candidate(
-            "torchaccel", "fastest", cell.precision, cell.batch, reason=f"the cell failed: {named(error)}"
+            "torchaccel", given.backend, cell.precision, cell.batch, reason=f"the cell failed: {named(error)}"
         )
         return [row(failed, None, model=cell.model, **shared)], {"wall_s": time.monotonic() - started}
     record = {"settings": settings_of(plan, done.timed), "gpu": done.gpu, "warnings": done.warnings}
@@ -146,7 +172,7 @@ def _measure(
 
 @lru_cache(maxsize=1)
 def _module(name: str, device: torch.device) -> nn.Module:
-    return MODELS[name].module().to(device)
+    return named_model(name).module().to(device)
 
 
 def _freed(device: torch.device) -> bool:

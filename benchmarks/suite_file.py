@@ -1,8 +1,11 @@
-"""The suite's result file: what it has already, and how it grows cell by cell."""
+"""The suite's result file: what it has already, and how it grows cell by cell, by several processes at once."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 from benchmarks import results_file
 from benchmarks.suite_table import conclusion
 from torchaccel.environment import distribution_version
+from torchaccel.locks import hold
 from torchaccel.provenance import provenance
 
 Row = dict[str, Any]
@@ -34,50 +38,92 @@ class Cell:
 class SuiteFile:
     """The cells that were measured by this code on this device with these versions; others are not mixed with them.
 
-    Raises ValueError for a file that is damaged, and leaves it as it is.
+    `backend` is the one of torchaccel that the file is of. Several processes may add to one file. Raises ValueError
+    for a file that is damaged, and leaves it as it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, backend: str = "fastest") -> None:
         self.path = path
+        self._origin = {**provenance(), "libraries": libraries(), "backend": backend}
+        self.reload()
+
+    def reload(self) -> None:
+        """Take the file as it is now: other processes may have added to it."""
         self.rows: list[Row] = []
         self.records: list[dict[str, Any]] = []
         self.foreign = ""
-        content = _read(path)
+        content = _read(self.path)
         if content is None:
             return
-        here, there = identity({**provenance(), "libraries": libraries()}), identity(content)
-        if differing := [name for name in here if here[name] != there[name]]:
-            self.foreign = ", ".join(f"{name} {there[name]} (now {here[name]})" for name in differing)
+        here, there = identity(self._origin), identity(content)
+        if differing := [name for name in here if here[name] != there.get(name)]:
+            self.foreign = ", ".join(f"{name} {there.get(name)} (now {here[name]})" for name in differing)
         else:
             self.rows, self.records = content["rows"], content["cells"]
 
-    def __contains__(self, cell: Cell) -> bool:
-        return any(map(cell.has, self.records))
+    def has(self, cell: Cell, peers: Collection[str] = (), but: Collection[Any] = ()) -> bool:
+        """Whether a cell was measured, beside at least these peers, and is none of the records `but`."""
+        records = (record for record in self.records if cell.has(record) and record not in but)
+        return any(set(peers) <= set(record.get("peers", ())) for record in records)
 
     def add(self, cell: Cell, rows: list[Row], record: dict[str, Any]) -> None:
         """Put a cell in the place of an earlier one of its name, and write the file, whole or not at all."""
-        self.rows = [row for row in self.rows if not cell.has(row)] + rows
-        self.records = [other for other in self.records if not cell.has(other)] + [asdict(cell) | record]
-        if self.foreign:
-            self.path.replace(_free_name(self.path))
-            self.foreign = ""
-        measured = {"libraries": libraries(), "cells": self.records, "conclusion": conclusion(self.rows)}
-        results_file.write(self.path, results_file.document("suite", self.rows, **measured))
+        with alone(self.path.with_name(f".{self.path.name}.lock")):
+            self.reload()
+            self.rows = [row for row in self.rows if not cell.has(row)] + rows
+            self.records = [other for other in self.records if not cell.has(other)] + [asdict(cell) | record]
+            for ordered in (self.rows, self.records):  # else in that in which the processes came to their ends
+                ordered.sort(key=lambda one: (one["model"], one["precision"], one["batch"]))
+            if self.foreign:
+                self.path.replace(_free_name(self.path))
+                self.foreign = ""
+            measured = self._origin | {"cells": self.records, "conclusion": conclusion(self.rows)}
+            results_file.write(self.path, results_file.document("suite", self.rows, **measured))
+
+    @contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Whether the cell is this process's to measure; it is not while another one measures it.
+
+        The file is read again, since another process may just have added it.
+        """
+        name = f".{self.path.name}.{cell.model}-{cell.precision}-{cell.batch}.lock"
+        with ExitStack() as held:
+            try:
+                held.enter_context(alone(self.path.with_name(name), deadline_s=0.0))
+            except TimeoutError:
+                free = False
+            else:
+                free = True
+                self.reload()
+            yield free
+
+
+@contextmanager
+def alone(path: Path, deadline_s: float | None = None) -> Iterator[None]:
+    """No other process holds `path` meanwhile; raises `TimeoutError` past the deadline."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = hold(path, deadline_s)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def libraries() -> dict[str, str | None]:
     """The versions that a result file's environment lacks."""
-    return {"transformers": distribution_version("transformers")}
+    return {name: distribution_version(name) for name in ("transformers", "nvidia-cudnn-frontend")}
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must have in common for their figures to stand in one file: code, device, versions."""
+    """What two runs must have in common for their figures to stand in one file: backend, code, device, versions."""
     environment = content["environment"]
     gpus = [gpu["name"] for gpu in environment["gpus"]]
     aside = ("gpus", "cpu", "platform", "torchaccel")  # another host with the same GPU and versions will do
     versions = {name: value for name, value in environment.items() if name not in aside}
     device = gpus[0] if gpus else environment["cpu"]
-    return {"tree": content["tree"], "device": device, **versions, **content["libraries"]}
+    backend = content.get("backend", "fastest")
+    return {"backend": backend, "tree": content["tree"], "device": device, **versions, **content["libraries"]}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The suite's rows as a person reads them: each cell's best rival beside `fastest`, and what follows from them."""
+"""The suite's rows as a person reads them: each cell's best rival beside torchaccel, and what follows from them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from benchmarks.table import number
 from torchaccel.precision import PRECISIONS
 
 Row = dict[str, Any]
-_HEADINGS = ("model", "preci-\nsion", "batch", "fastest\nms", "replay\nms", "error", "best rival", "ms", "replay\nms")
+_HEADINGS = ("model", "preci-\nsion", "batch", "{own}\nms", "replay\nms", "error", "best rival", "ms", "replay\nms")
 _CAPTION = (
     "ms: the median of whole calls on device inputs; replay: the CUDA graph alone. ratio: the best rival's call over "
-    "fastest's, the median of interleaved rounds. A rival whose error is beyond the precision's bound is no best one."
+    "{own}'s, the median of interleaved rounds. A rival whose error is beyond the precision's bound is no best one."
 )
 
 
@@ -68,34 +68,56 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def conclusion(rows: list[Row]) -> list[str]:
     """What the figures say, one sentence each."""
-    return list(_conclusion(summaries(rows)))
+    return [*_conclusion(summaries(rows), _backend(rows)), *_rivals(rows)]
 
 
-def _conclusion(cells: list[Summary]) -> Iterator[str]:
+def _backend(rows: list[Row]) -> str:
+    """The backend of torchaccel that the rows are of."""
+    return next((str(row["backend"]) for row in rows if row["route"] == "torchaccel"), "torchaccel")
+
+
+def _rivals(rows: list[Row]) -> Iterator[str]:
+    """Who was to be measured beside it, and where not all of them were."""
+    beside: dict[str, set[str]] = {}
+    for row in rows:
+        cell = beside.setdefault(f"{row['model']} {row['precision']} batch {row['batch']}", set())
+        if row["route"] == "peer":
+            cell.add(row["backend"])
+    every = dict.fromkeys(row["backend"] for row in rows if row["route"] == "peer")
+    fewer = [name for name, there in beside.items() if there != set(every)]
+    if every:
+        yield f"Rivals: {', '.join(every)}{'; not all of them in: ' if fewer else ''}{'; '.join(fewer)}."
+
+
+def _conclusion(cells: list[Summary], name: str) -> Iterator[str]:
     compared = [(cell, cell.ratio) for cell in cells if cell.ratio]
     if not compared:
         yield "No cell has figures of both torchaccel and a rival: see the reasons in the rows."
         return
     slower = [cell.name for cell, ratio in compared if _at_most(ratio) < 1]
     kept = len(compared) - len(slower)
-    yield f"fastest is not slower than the best rival, beyond noise, in {kept} of {len(compared)} cells compared."
+    yield f"{name} is not slower than the best rival, beyond noise, in {kept} of {len(compared)} cells compared."
     if slower:
         yield f"It is slower in: {'; '.join(slower)}."
     if missing := [cell.name for cell in cells if not cell.ratio]:
         yield f"Not compared, for want of a figure: {'; '.join(missing)}."
-    yield from _means(compared)
-    won = Counter(cell.own["variant"] for cell, _ in compared if cell.own)
-    yield f"Races won: {', '.join(f'{name} {count}' for name, count in won.most_common())}."
+    yield from _means(compared, name)
+    replays = [f"{c.name} {number(c.own['replay_median_ms'])}" for c in cells if c.own and c.own["replay_median_ms"]]
+    if name != "fastest" and replays:
+        yield f"Median of a replay of {name}'s graph, ms: {'; '.join(replays)}."
+    won = Counter(cell.own["variant"] for cell, _ in compared if cell.own and cell.own["variant"])
+    if won:
+        yield f"Races won: {', '.join(f'{name} {count}' for name, count in won.most_common())}."
 
 
-def _means(compared: list[tuple[Summary, dict[str, Any]]]) -> Iterator[str]:
+def _means(compared: list[tuple[Summary, dict[str, Any]]], name: str) -> Iterator[str]:
     convolutional = [(cell, ratio) for cell, ratio in compared if cell.own and cell.own["convolutional"]]
     if not convolutional:
         yield "No convolutional model was compared: there is no geometric mean."
         return
     models = ", ".join(dict.fromkeys(cell.own["model"] for cell, _ in convolutional if cell.own))
     mean = geometric_mean(ratio["value"] for _, ratio in convolutional)
-    yield f"Best rival over fastest, geometric mean over {len(convolutional)} cells of {models}: {mean:.3f}."
+    yield f"Best rival over {name}, geometric mean over {len(convolutional)} cells of {models}: {mean:.3f}."
 
 
 def _at_most(ratio: dict[str, Any]) -> float:
@@ -105,12 +127,13 @@ def _at_most(ratio: dict[str, Any]) -> float:
 
 def tables(rows: list[Row]) -> RenderableType:
     """The table of all cells, and under it why what is missing is missing."""
-    cells = summaries(rows)
+    cells, name = summaries(rows), _backend(rows)
+    raced = any(row["variant"] for row in rows if row["route"] == "torchaccel")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in _HEADINGS:
         words = heading in ("model", "best rival")
         table.add_column(
-            heading,
+            heading.format(own=name),
             justify="left" if words else "right",
             vertical="bottom",
             no_wrap=not words,
@@ -118,16 +141,19 @@ def tables(rows: list[Row]) -> RenderableType:
             min_width=10 if words else None,
         )
     table.add_column("ratio\n(95 % interval)", vertical="bottom", no_wrap=True)
-    table.add_column("race won by", vertical="bottom", overflow="fold")
+    if raced:
+        table.add_column("race won by", vertical="bottom", overflow="fold")
     for cell in cells:
-        table.add_row(*_cells(cell))
+        table.add_row(*_cells(cell), *([cell.own["variant"] or "-" if cell.own else "-"] if raced else []))
     reasons = [f"{_label(row)}: {row['reason']}" for row in rows if row["reason"]]
     wrong = [
         f"{_label(row)}: {number(row['median_ms'])} ms, and wrong: its error is {row['relative_error']:.0e}"
         for cell in cells
         for row in cell.wrong
     ]
-    return Group(table, Text(_CAPTION, style="dim"), *(Text(f"- {line}") for line in (*wrong, *reasons)))
+    return Group(
+        table, Text(_CAPTION.format(own=name), style="dim"), *(Text(f"- {line}") for line in (*wrong, *reasons))
+    )
 
 
 def _cells(cell: Summary) -> Iterator[str]:
@@ -139,7 +165,6 @@ def _cells(cell: Summary) -> Iterator[str]:
     yield f"{best['backend']} ({best['variant']})" if best else "-"
     yield from _figures(best)
     yield "-" if not cell.ratio else _ratio(cell.ratio)
-    yield str(own["variant"]) if own and own["variant"] else "-"
 
 
 def _figures(row: Row | None) -> tuple[str, str]:

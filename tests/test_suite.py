@@ -3,9 +3,11 @@
 import doctest
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import models, peers, results_file, suite, suite_file, suite_table
+from benchmarks import models, peers, processes, results_file, suite, suite_arguments, suite_file, suite_table
+from benchmarks.functional import FunctionalResNet, FunctionalViT
 from benchmarks.models import Model
 from benchmarks.suite_file import Cell
 from benchmarks.suite_table import conclusion, summaries, tables
@@ -50,7 +53,7 @@ def convolution():
 
 def shrink(put):
     """One tiny model, and nobody who has to compile."""
-    put(suite, "MODELS", {"tiny": Model("tiny", convolution, convolutional=True)})
+    put(models, "MODELS", {"tiny": Model("tiny", convolution, convolutional=True)})
     put(compiler, "FIELD", (Eager(),))
     put(peers, "ON_A_CPU", ("eager",))
 
@@ -74,6 +77,7 @@ def test_a_run_that_is_killed_goes_on_with_the_cells_that_are_missing(tmp_path, 
     assert "tiny, bf16, batch 2 ..." in said
     assert "tiny, bf16, batch 1 ..." not in said
     assert "Cells left: 0." in said
+    assert "s; building fastest" in said
     assert all(line in said for line in content["conclusion"])
     own, peer = content["rows"][:2]
     assert (own["route"], own["backend"], own["variant"]) == ("torchaccel", "fastest", "eager")
@@ -94,7 +98,7 @@ def tiny(monkeypatch):
         begun.append(cell)
         return made_up(cell.model, cell.precision, cell.batch, own=1.0, eager=2.0), {"wall_s": 0.0}
 
-    monkeypatch.setattr(suite, "MODELS", {"tiny": Model("tiny", lambda: nn.Linear(2, 2))})
+    monkeypatch.setattr(models, "MODELS", {"tiny": Model("tiny", lambda: nn.Linear(2, 2))})
     monkeypatch.setattr(suite, "_measure", measure)
     return begun
 
@@ -194,18 +198,140 @@ def test_another_host_with_the_same_gpu_goes_on():
     assert suite_file.identity(content) == suite_file.identity(other)
 
 
+def test_a_cell_is_measured_again_beside_more_rivals_but_not_beside_fewer(tiny, tmp_path):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    ran(path, *cell, "--peers", "eager")
+    ran(path, *cell, "--peers", "eager", "compile")
+    ran(path, *cell, "--peers", "compile")
+    assert len(tiny) == 2
+    (record,) = json.loads(path.read_text())["cells"]
+    assert record["peers"] == ["eager", "compile"]
+
+
+def test_a_file_of_another_backend_is_moved_aside(tiny, tmp_path):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    ran(path, *cell)
+    ran(path, *cell, "--backend", "eager")
+    assert len(tiny) == 2
+    assert json.loads(path.read_text())["backend"] == "eager"
+    assert json.loads((tmp_path / "suite.old-1.json").read_text())["backend"] == "fastest"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--gpus", "99"), "--gpus 99: this process may use"),
+        (("--backend", "eager", "--race-budget-s", "9"), "--backend eager is no race"),
+        (("--race-budget-s", "0"), "name that as --backend"),
+        pytest.param(("--peers", "graph", "eager"), "--peers graph needs a GPU; here there are", marks=on_a_cpu),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny, tmp_path, capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        ran(tmp_path / "suite.json", *arguments)
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_gpus_of_two_kinds_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "ABB"[index])
+    with pytest.raises(ValueError, match="--gpus 2: one file is of one kind of GPU, and these are A, B"):
+        given(GPU, "--gpus", "2")
+
+
+def test_each_backend_has_a_file_of_its_own():
+    for name, expected in (("fastest", "suite.json"), ("fused", "suite-fused.json")):
+        found = suite_arguments.parser("").parse_args(["--backend", name])
+        suite_arguments.complete(found, torch.device("cpu"))
+        assert found.json.name == expected
+
+
+# --- several processes ---
+
+
+def added(file, batch):
+    file.add(Cell("tiny", "fp16", batch), made_up("tiny", "fp16", batch, own=1.0, eager=2.0), {"peers": []})
+
+
+def test_two_who_add_to_one_file_lose_no_cell(tmp_path):
+    path = tmp_path / "suite.json"
+    one, other = suite_file.SuiteFile(path), suite_file.SuiteFile(path)
+    with ThreadPoolExecutor(2) as threads:
+        for ends in [threads.submit(added, file, batch) for batch in range(1, 5) for file in (one, other)]:
+            ends.result()
+    added(one, 9)
+    added(other, 8)  # it has not seen 9
+    content = json.loads(path.read_text())
+    assert [cell["batch"] for cell in content["cells"]] == [1, 2, 3, 4, 8, 9]
+    assert [row["batch"] for row in content["rows"]] == [1, 1, 2, 2, 3, 3, 4, 4, 8, 8, 9, 9]
+    assert [file.name for file in tmp_path.iterdir()] == ["suite.json"]  # the locks are gone
+
+
+def test_who_adds_waits_for_who_adds(tmp_path):
+    path = tmp_path / "suite.json"
+    with ThreadPoolExecutor(1) as threads:
+        with suite_file.alone(tmp_path / ".suite.json.lock"):
+            ends = threads.submit(added, suite_file.SuiteFile(path), 1)
+            with pytest.raises(TimeoutError):
+                ends.result(timeout=0.3)
+            assert not path.exists()
+        ends.result()
+    assert path.exists()
+
+
+def test_a_cell_that_another_process_measures_is_left_to_it(tiny, tmp_path, capsys):
+    path = tmp_path / "suite.json"
+    with suite_file.SuiteFile(path).claim(Cell("tiny", "fp16", 1)) as free:
+        assert free
+        ran(path, "--batch", "1,2", "--precision", "fp16")
+    assert [cell.batch for cell in tiny] == [2]
+    assert "Cells left: 1." in capsys.readouterr().out
+
+
+def test_a_cell_that_another_process_has_just_added_is_not_measured(tiny, tmp_path, monkeypatch):
+    path, wanted = tmp_path / "suite.json", suite.wanted
+
+    def added_meanwhile(given, device):  # the file has been read by then
+        rows = made_up("tiny", "fp16", 1, own=1.0, eager=2.0)
+        suite_file.SuiteFile(path).add(Cell("tiny", "fp16", 1), rows, {"peers": given.peers})
+        return wanted(given, device)
+
+    monkeypatch.setattr(suite, "wanted", added_meanwhile)
+    ran(path, "--batch", "1,2", "--precision", "fp16")
+    assert [cell.batch for cell in tiny] == [2]
+
+
+def test_every_process_has_a_gpu_and_cores_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-1a,6")
+    tell = f"echo $CUDA_VISIBLE_DEVICES $(taskset -pc $$ | sed 's/.*: //') > {tmp_path}/$$"
+    cores = sorted(os.sched_getaffinity(0))
+    assert processes.on_each_gpu(2, os.system, tell) == [0, 0]
+    told = dict(file.read_text().split() for file in tmp_path.iterdir())
+    assert set(told) == {"5", "GPU-1a"}
+    if len(cores) > 1:
+        assert told["5"] != told["GPU-1a"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,GPU-1a,6"
+    assert sorted(os.sched_getaffinity(0)) == cores
+    assert processes.on_each_gpu(1, sys.exit, 3) == [3]
+
+
 # --- a cell ---
 
 
-def given(**others):
-    return suite._parser().parse_args([f"--{name}={value}" for name, value in others.items()])
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def given(device, *arguments):
+    found = suite_arguments.parser("").parse_args([*arguments, "--json", "unused.json"])
+    suite_arguments.complete(found, device)
+    return found
 
 
 def test_a_cell_that_fails_is_a_row_with_its_reason(monkeypatch, tmp_path):
     def make():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
 
-    monkeypatch.setattr(suite, "MODELS", {"tiny": Model("tiny", make)})
+    monkeypatch.setattr(models, "MODELS", {"tiny": Model("tiny", make)})
     suite._module.cache_clear()
     path = tmp_path / "suite.json"
     assert ran(path, "--batch", "1,2", "--precision", "fp16") == 0
@@ -222,13 +348,16 @@ def test_max_autotune_is_for_two_batches_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(suite, "carry_out", lambda plan, *_: plans.append(plan) or 1 / 0)
     monkeypatch.setattr(suite, "_module", lambda *_: None)
     for batch in (1, 8):
-        suite._measure(Cell("resnet18", "fp16", batch), torch.device("cpu"), given())
-    suite._measure(Cell("bert_base", "fp16", 8), torch.device("cuda"), given(**{"compile-modes": "max-autotune"}))
+        suite._measure(Cell("resnet18", "fp16", batch), CPU, given(CPU))
+    suite._measure(Cell("bert_base", "fp16", 8), GPU, given(GPU, "--compile-modes", "max-autotune"))
     modes = [plan.compile_modes for plan in plans]
     assert modes == [("reduce-overhead", "max-autotune"), ("reduce-overhead",), ("max-autotune",)]
     assert (plans[2].shape, plans[2].vocabulary) == ((128,), 30522)
     assert plans[2].peers == tuple(peers.NAMES)
     assert plans[0].peers == ("eager", "compile")
+    assert (plans[0].backend, plans[0].race_budget_s) == ("fastest", None)
+    suite._measure(Cell("resnet18", "fp16", 1), GPU, given(GPU, "--peers", "graph", "--race-budget-s", "9"))
+    assert (plans[3].peers, plans[3].race_budget_s) == (("graph",), 9.0)
 
 
 def test_ids_stay_ids_and_have_no_layout():
@@ -252,10 +381,47 @@ def test_the_models_look_trained_and_depend_on_their_inputs():
         assert (one - other).norm() > 0.05 * one.norm()
 
 
+# --- the twins ---
+
+
+@torch.no_grad()
+def test_the_functional_resnets_compute_what_torchvision_computes():
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    deep = models.look_trained(ResNet(Bottleneck, [2, 1, 1, 1]), size=32)
+    pairs = [(deep, FunctionalResNet(deep.state_dict()))]
+    pairs += [(models.named_model("resnet18").module(), models.named_model("resnet18_functional").module())]
+    for module, twin in pairs:
+        images = torch.randn(2, 3, 32, 32)
+        assert torch.allclose(twin(images), module(images), rtol=1e-4, atol=1e-5)
+        assert not any(isinstance(child, nn.Conv2d | nn.BatchNorm2d) for child in twin.modules())
+
+
+@torch.no_grad()
+def test_the_functional_vit_computes_what_torchvision_computes():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 96}
+    module = models.look_trained(VisionTransformer(**sizes))
+    images = torch.randn(3, 3, 32, 32)
+    twin = FunctionalViT(module.state_dict(), heads=4)
+    assert torch.allclose(twin(images), module(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_twins_are_measured_where_they_are_named_and_only_there():
+    names = {"resnet18_functional", "resnet50_functional", "vit_b_16_functional"}
+    assert set(models.TWINS) == names
+    cells = suite_arguments.wanted(given(GPU), GPU)
+    assert len(cells) == 8 * 2 * 4
+    assert not names & {cell.model for cell in cells}
+    named = suite_arguments.wanted(given(GPU, "--model", "resnet18,resnet18_functional", "--batch", "1"), GPU)
+    assert {cell.model for cell in named} == {"resnet18", "resnet18_functional"}
+
+
 # --- the arithmetic ---
 
 
-@pytest.mark.parametrize("module", [models, suite_table, suite_file])
+@pytest.mark.parametrize("module", [models, processes, suite_table, suite_file])
 def test_the_examples_of_the_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
 
@@ -283,7 +449,25 @@ def test_the_conclusion_is_computed_from_the_rows():
         "Not compared, for want of a figure: d fp16 batch 1.",
         "Best rival over fastest, geometric mean over 3 cells of a, b: 1.587.",  # (2 * 0.5 * 4) ** (1/3)
         "Races won: inductor 3, eager 1.",
+        "Rivals: eager, graph; not all of them in: a fp16 batch 8; b fp16 batch 1; c fp16 batch 1; d fp16 batch 1.",
     ]
+
+
+def test_a_named_backend_has_its_name_and_its_replays_in_what_is_said():
+    rows = made_up("a", "fp16", 1, own=1.0, winner=None, eager=2.0)
+    rows[0] |= {"backend": "fused", "replay_median_ms": 0.1234}
+    assert conclusion(rows) == [
+        "fused is not slower than the best rival, beyond noise, in 1 of 1 cells compared.",
+        "Best rival over fused, geometric mean over 1 cells of a: 2.000.",
+        "Median of a replay of fused's graph, ms: a fp16 batch 1 0.123.",
+        "Rivals: eager.",
+    ]
+    console = Console(width=160, file=io.StringIO())
+    console.print(tables(rows))
+    text = " ".join(console.file.getvalue().split())
+    assert "the best rival's call over fused's" in text
+    assert "fastest" not in text
+    assert "race won by" not in text
 
 
 def test_the_table_has_every_cell_and_what_is_missing():
