@@ -20,8 +20,12 @@ from torchaccel.fused.triton_kernels import _activate
 
 _WIDEST = 32  # columns of a window: they are written out, and the compiler's time goes with them
 _UNROLLED = 9  # windows up to 3×3 are written out whole, of larger ones a row: they take the compiler seconds
-_ENOUGH = 264 * 128  # threads that keep a large GPU busy: those of two programs on each of its multiprocessors
-_MOST = 6  # tiles that are worth timing
+_ENOUGH = 132 * 128  # threads that keep a large GPU busy: those of a program on each of its multiprocessors
+_WASTED = 1.4  # outputs computed for each that there is, at most: tiles reach beyond the border
+_COUNTED = 2**31 - 2**10  # threads that 32 bits number, those behind the last tile among them
+_MOST = 6  # tiles that are timed for a problem, of these: rows, columns, and the part of 16 bytes of channels
+_LARGE = (1, 7, 1), (1, 4, 1), (1, 7, 2), (1, 2, 1), (1, 4, 2)
+_SMALL = (1, 2, 2), (1, 1, 1), (1, 1, 2)
 
 
 class Tile(NamedTuple):
@@ -34,7 +38,8 @@ class Tile(NamedTuple):
     span: int = 0  # channels of a program, for more pixels that share their inputs: 0 for all
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}x{self.channels}" + f"/{self.span}" * bool(self.span)
+        name = f"{self.rows}x{self.columns}x{self.channels}"
+        return name + f" of {self.span}" * bool(self.span) + f" in {self.warps} warps" * (self.warps != 4)
 
 
 def tiles(shape: Sequence[int], dtype: torch.dtype, kernel: tuple[int, int]) -> list[Tile]:
@@ -43,18 +48,16 @@ def tiles(shape: Sequence[int], dtype: torch.dtype, kernel: tuple[int, int]) -> 
     outputs = math.prod(shape)
     if kernel[1] > _WIDEST or not outputs:
         return []
-    most = math.gcd(channels, 16 // dtype.itemsize)
-    shapes = [(1, 7), (1, 4), (1, 2), (1, 1)]
-    if _written_out(kernel):
-        shapes = [(2, 7), (2, 4), *shapes]
+    vector = math.gcd(channels, 16 // dtype.itemsize)
     found = []
-    for lanes in dict.fromkeys((most, max(1, most // 2))):
-        for rows, columns in shapes:
-            threads = batch * triton.cdiv(height, rows) * triton.cdiv(width, columns) * (channels // lanes)
-            wasted = threads * rows * columns * lanes > 1.4 * outputs
-            if not wasted and (threads >= _ENOUGH or (rows, columns) == (1, 1)):
-                found.append(Tile(rows, columns, lanes))
-    return found[:_MOST]
+    for rows, columns, part in ((2, 4, 1), *_LARGE, *_SMALL) if _written_out(kernel) else (*_LARGE, *_SMALL):
+        tile = Tile(rows, columns, max(1, vector // part))
+        threads = batch * triton.cdiv(height, rows) * triton.cdiv(width, columns) * (channels // tile.channels)
+        wasteful = threads * rows * columns * tile.channels > _WASTED * outputs
+        enough = threads >= _ENOUGH or (rows, columns, part) in _SMALL
+        if enough and not wasteful and threads < _COUNTED:
+            found.append(tile)
+    return list(dict.fromkeys(found))[:_MOST]
 
 
 @triton.constexpr_function

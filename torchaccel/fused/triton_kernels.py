@@ -15,7 +15,7 @@ import triton.language as tl
 # Elements of a tile: up to sixteen for each thread, fewer where there would be too few programs to fill a GPU.
 _TILE_MOST, _TILE_LEAST, _PROGRAMS = 2048, 256, 264
 _UNROLLED = 49  # windows up to 7×7 are written out, so that their loads are under way together
-VECTORS = 1, 2  # 16 bytes of channels that a program of the mean may take, worth timing
+VECTORS = 1, 2, 4  # 16 bytes of channels that a program of the mean may take, worth timing
 _FEW_PIXELS = 1024  # up to so many the mean takes small programs
 
 

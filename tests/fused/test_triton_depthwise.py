@@ -1,0 +1,71 @@
+"""The tiles of the depthwise convolution, and what its kernel is compiled to: neither needs a GPU."""
+
+import re
+from collections import Counter
+
+import pytest
+
+from torchaccel.environment import import_problem
+
+if import_problem("triton"):
+    pytest.skip(str(import_problem("triton")), allow_module_level=True)
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from torchaccel.fused import triton_depthwise
+from torchaccel.fused.triton_depthwise import Tile, tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(32, 72, 56, 56), (32, 960, 7, 7), (1, 200, 14, 14), (2, 70, 9, 9), (1, 1, 1, 1)])
+def test_every_problem_has_a_few_tiles_that_divide_its_channels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for size in (1, 3, 7):
+        found = tiles(shape, dtype, (size, size))
+        assert 1 <= len(found) == len(set(map(str, found))) <= 6
+        for tile in found:
+            assert shape[1] % tile.channels == 0 and tile.channels * dtype.itemsize <= 16
+
+
+def test_no_tile_where_nothing_is_computed_or_the_window_is_too_wide_to_be_written_out() -> None:
+    assert tiles((0, 8, 9, 9), torch.float16, (3, 3)) == []
+    assert tiles((1, 8, 9, 9), torch.float16, (3, 33)) == []
+    assert tiles((1, 8, 9, 9), torch.float16, (33, 3))
+
+
+def test_tiles_leave_enough_threads_for_a_gpu() -> None:
+    assert {tile.columns for tile in tiles((32, 96, 56, 56), torch.float16, (7, 7))} >= {2, 4, 7}
+    assert {tile.columns for tile in tiles((1, 96, 14, 14), torch.float16, (7, 7))} == {1, 2}
+
+
+@pytest.mark.parametrize("channels", [72, 96])
+def test_all_memory_is_read_16_bytes_at_a_time_and_no_column_twice(channels: int) -> None:
+    loads = Counter(re.findall(r"ld\.global\.\S+", _ptx(channels, Tile(1, 4, 8))))
+    rows, columns, weights, bias = 3, 4 + 2, 9, 1
+    assert loads == {"ld.global.v4.b32": rows * columns + weights + bias}
+
+
+def _ptx(channels: int, tile: Tile) -> str:
+    """Of a 3×3 convolution on half precision, its weights stored [height, width, channels]."""
+    kernel = triton_depthwise._depthwise
+    constants = {
+        **{"WEIGHT_C": 1, "WEIGHT_H": 3 * channels, "WEIGHT_W": channels, "C": channels, "GROUPS": channels // 8},
+        **dict.fromkeys(("H", "W", "OH", "OW"), 56),
+        **dict.fromkeys(("KH", "KW"), 3),
+        **dict.fromkeys(("SH", "SW", "PH", "PW", "DH", "DW"), 1),
+        **{"residual": None, "BIAS": True, "RESIDUAL": False, "ACTIVATION": "relu", "UNROLL": True},
+        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "CHANNELS": tile.channels, "THREADS": 32 * tile.warps},
+    }
+    pointers = ["x", "weight", "bias", "y"]
+    signature = dict.fromkeys(pointers, "*fp16") | {"tiles": "i32"} | dict.fromkeys(constants, "constexpr")
+    place = {name: (number,) for number, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        kernel,
+        {name: signature[name] for name in kernel.arg_names},
+        {place[name]: value for name, value in constants.items()},
+        {place[name]: [["tt.divisibility", 16]] for name in pointers},
+    )
+    text = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps}).asm["ptx"]
+    assert isinstance(text, str)
+    return text
