@@ -209,3 +209,11 @@ def test_memory_that_runs_out_is_no_reason_to_search_again(machine: Machine, mon
         machine.process()
     machine.process()
     assert machine.timed == []
+
+
+def test_on_a_cpu_there_is_nothing_to_choose_or_to_keep(tmp_path: Path) -> None:
+    model = on_cpu(small_conv_net(), backend="fused", cache_dir=tmp_path)
+    with torch.no_grad():
+        model(images())
+    assert "plain route" in story(model)
+    assert Cache(tmp_path, 1 << 30).entries() == []

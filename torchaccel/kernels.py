@@ -3,6 +3,7 @@
 TensorRT-RTX specialises kernels when an engine first runs; TensorRT proper chooses among its own by timing in a build.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torchaccel import trt
 from torchaccel.cache import Cache
 from torchaccel.environment import driver_version
+from torchaccel.errors import CacheWarning
 from torchaccel.provenance import describe_gpu
 
 MAX_BYTES = 256 << 20  # nothing leaves a store of kernels or timings, so beyond it one is begun anew
@@ -47,6 +49,8 @@ def timings_kept(library: trt.TensorRT | None, device: torch.device, cache: Cach
             library.begin_with_timings(device, entry.files["timings"])
     before = library.timings(device)
     yield
+    if refusal := library.take_refusal(device):
+        warnings.warn(f"{library.name} refuses the timings in the cache ({refusal}): it times anew.", CacheWarning, 2)
     after = library.timings(device)
     if after != before:
         _put(cache, "timings", library, device, after)

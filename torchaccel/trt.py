@@ -48,6 +48,7 @@ class TensorRT:
         self._kernels: dict[torch.device, Any] = {}
         self._known_kernels: dict[torch.device, bytes] = {}  # what an earlier process had, or the cache was given
         self._timings: dict[torch.device, bytes] = {}
+        self._refused: dict[torch.device, str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -99,16 +100,22 @@ class TensorRT:
         self._timings[device] = serialised
 
     def reuse_timings(self, config: "TensorRT.api.IBuilderConfig", device: torch.device) -> None:
-        """Let a build time no kernel that an earlier one for the device has timed (TensorRT proper alone)."""
+        """Let a build time no kernel that an earlier one for the device has timed (TensorRT proper alone).
+
+        Timings that it refuses are dropped; `take_refusal` has its reason.
+        """
         if self.is_rtx:
             return
         for serialised in dict.fromkeys((self.timings(device), b"")):
             timings: Any = config.create_timing_cache(serialised)
             if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
                 return
-            reason = self.log.take_errors() or "it gives no reason"
-            if self._timings.pop(device, None):
-                warnings.warn(f"{self.name} refuses the timings in the cache ({reason}): new ones.", CacheWarning, 2)
+            self._refused[device] = self.log.take_errors() or "it gives no reason"
+            self._timings.pop(device, None)
+
+    def take_refusal(self, device: torch.device) -> str:
+        """Why the timings of earlier builds were refused since last time; "" where they were not."""
+        return self._refused.pop(device, "")
 
     def keep_timings(self, config: "TensorRT.api.IBuilderConfig", device: torch.device) -> None:
         """After a build: keep what it has timed for the next one."""

@@ -81,7 +81,6 @@ def test_a_second_process_of_the_fused_backend_searches_nothing(cache: Cache) ->
         print(f"problems timed: {run['timed']}, plans searched: {run['plan_searches']}; {run['library']}")
     assert first["timed"] > 0
     assert (second["timed"], second["plan_searches"]) == (0, 0)
-    assert "chosen by an earlier process" in second["library"]
     assert second["library"].replace("chosen by an earlier process; ", "") == first["library"]
     assert second["gates"]
     assert second["sum"] == pytest.approx(first["sum"], rel=1e-2)

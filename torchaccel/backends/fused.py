@@ -53,15 +53,12 @@ class Fused(NativeBackend):
         """
         program: Program = plan.payload
         routes = _tried(self._routes, program, device)
-        problem = ("route", routes)
-        known = recall(problem) if len(routes) > 1 else None
-        engine = _known(known, routes, program, plan.precision)
-        from_cache = engine is not None
-        engine, found = (engine, known or {}) if engine else _fastest(routes, program, plan.precision, device)
+        known = _known(routes, program, plan.precision)
+        engine, found = known or _fastest(routes, program, plan.precision, device)
         if len(routes) > 1:
-            note(problem, found)
+            note(("route", routes), found)
         plan.manifest |= found
-        plan.library = f"PyTorch {torch.__version__} ({_story(found, device, from_cache=from_cache)})"
+        plan.library = f"PyTorch {torch.__version__} ({_story(found, device, from_cache=known is not None)})"
         return engine
 
 
@@ -109,14 +106,13 @@ def _widened_inputs(program: Program) -> dict[int, int]:
     return {index: wanted[1] for index, (wanted, given) in pairs if given.dim() == 4 and given.shape[1] != wanted[1]}
 
 
-def _known(
-    known: dict[str, Any] | None, routes: tuple[str, ...], program: Program, precision: Precision
-) -> Engine | None:
-    """The engine of the route that an earlier process chose, once it has run; None where there is none that runs."""
-    if known is None or known["route"] not in routes:
+def _known(routes: tuple[str, ...], program: Program, precision: Precision) -> tuple[Engine, dict[str, Any]] | None:
+    """What `_fastest` gave an earlier process, once the engine has run; None where there is none that runs."""
+    found = recall(("route", routes)) if len(routes) > 1 else None
+    if found is None or found["route"] not in routes:
         return None
     try:
-        return _first_run(known["route"], program, precision)[0]
+        return _first_run(found["route"], program, precision)[0], found
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
