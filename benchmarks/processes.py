@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -15,18 +16,30 @@ def on_each_gpu(count: int, work: Callable[..., Any], *arguments: Any) -> list[i
     """Run `work(*arguments)` in `count` processes, and return their exit codes, negative where a signal ended one.
 
     The first `count` GPUs that this process may use are one process's each: its only one, number 0. What is run is
-    imported anew in each, and has to be pickled: a function of a module.
+    imported anew in each, and has to be pickled: a function of a module. They end with this process, however it ends.
     """
     gpus, cores = visible(count, os.environ), sorted(os.sched_getaffinity(0))
     started = []
     for gpu, share in zip(gpus, shares(cores, count), strict=True):
-        process = get_context("spawn").Process(target=work, args=arguments)
+        process = get_context("spawn").Process(target=_work, args=(work, arguments))
         with _as_if_alone(gpu, share):  # a process begins as the one that starts it is, before it imports anything
             process.start()
         started.append(process)
     for process in started:
         process.join()
     return [int(process.exitcode or 0) for process in started]
+
+
+def _work(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    work(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def visible(count: int, environment: Mapping[str, str]) -> list[str]:

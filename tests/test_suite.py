@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -313,6 +314,31 @@ def test_every_process_has_a_gpu_and_cores_of_its_own(tmp_path, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,GPU-1a,6"
     assert sorted(os.sched_getaffinity(0)) == cores
     assert processes.on_each_gpu(1, sys.exit, 3) == [3]
+
+
+def test_the_processes_end_with_the_one_that_started_them():
+    program = "import time; from benchmarks.processes import on_each_gpu; on_each_gpu(1, time.sleep, 60)"
+    starter = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    started = Path(f"/proc/{starter.pid}/task/{starter.pid}/children")
+    assert within_10_s(lambda: any(b"spawn_main" in command(child) for child in started.read_text().split()))
+    (worker,) = (child for child in started.read_text().split() if b"spawn_main" in command(child))
+    starter.kill()
+    starter.wait()
+    assert within_10_s(lambda: not command(worker))
+
+
+def command(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def within_10_s(condition):
+    end = time.monotonic() + 10
+    while time.monotonic() < end and not condition():
+        time.sleep(0.02)
+    return condition()
 
 
 # --- a cell ---
