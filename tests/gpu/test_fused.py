@@ -181,7 +181,7 @@ def test_attention_reads_any_strides_and_writes_the_layout_that_it_is_told(order
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu", "gelu", "gelu_tanh"])
 def test_a_linear_layer_computes_what_pytorch_does(activation: str, dtype: torch.dtype) -> None:
-    from torchaccel.fused import gpu, reference, triton_linear
+    from torchaccel.fused import gpu, operators, reference, triton_linear  # noqa: F401
 
     for with_bias in (True, False):
         x, weight = (torch.randn(shape, device="cuda").to(dtype) for shape in ((201, 264), (520, 264)))
