@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 from tests.fused.programs import check, lowered, operators
-from tests.helpers import Lambda
+from tests.helpers import Lambda, captured
 from torchaccel.capture import Program
 from torchaccel.fused import cudnn_plans, transformers
+from torchaccel.fused.passes import rewrite
 
 attend = functional.scaled_dot_product_attention
 
@@ -78,15 +79,39 @@ def test_a_copy_stays_where_anything_is_written() -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_multi_head_attention_copies_nothing(batch_first: bool) -> None:
-    """Neither before its attention nor behind it: the result is laid out as what reads it flattens it."""
+    """Neither before its attention nor behind it: all that is reordered is what it gives, for whoever adds it."""
     attention = nn.MultiheadAttention(16, 2, batch_first=batch_first)
-    module = Lambda(lambda m, x: m.attention(x, x, x, need_weights=False)[0], attention=attention).eval()
+    module = Lambda(lambda m, x: m.attention(x, x, x, need_weights=False)[0] + x, attention=attention).eval()
     x = torch.randn(5, 3, 16)
     program = lowered(module, x)
-    assert operators(program)["torchaccel.attention"] == 1
+    assert orders(program) == [[0, 2, 1, 3] if batch_first else [2, 0, 1, 3]]
     assert "contiguous" not in operators(program)
-    (node,) = (node for node in program.exported.graph.nodes if "torchaccel.attention" in str(node.target))
-    assert node.meta["val"].permute(2, 0, 1, 3).is_contiguous()
+    for node in program.exported.graph.nodes:
+        if "linear" in str(node.target):
+            assert node.args[0].meta["val"].is_contiguous()
+            assert "permute" not in str(node.args[0].target) or batch_first
+    check(program, module, x)
+
+
+ROWS = {
+    "turned": (lambda m, x: m.a(x.transpose(0, 1)).transpose(0, 1) * 2, True),
+    "turned and flattened": (lambda m, x: m.a(x.transpose(0, 1).reshape(15, 8)), True),
+    "of more than two dimensions": (lambda m, x: m.a(x.view(5, 3, 2, 4).permute(1, 0, 2, 3).reshape(15, 8)), True),
+    "in order": (lambda m, x: m.a(x.reshape(15, 8)), False),
+    "of another dimension": (lambda m, x: m.b(x.transpose(1, 2)), False),
+    "with more to turn": (lambda m, x: m.wide(x.transpose(0, 1)) * 2, False),
+    "of a part": (lambda m, x: m.part(x.view(5, 3, 2, 4).select(2, 1).transpose(0, 1)), False),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_linear_layers_take_rows_as_they_lie(name: str) -> None:
+    function, moved = ROWS[name]
+    parts = {"a": nn.Linear(8, 8), "b": nn.Linear(3, 3), "wide": nn.Linear(8, 9), "part": nn.Linear(4, 4)}
+    module, x = Lambda(function, **parts).eval(), torch.randn(5, 3, 8)
+    program = captured(module, x)
+    counts = rewrite(program)
+    assert counts["keep_rows"] == moved
     check(program, module, x)
 
 

@@ -30,7 +30,7 @@ from torchaccel.fused.graph import (
     value,
 )
 from torchaccel.fused.operators import OPAQUE
-from torchaccel.fused.transformers import choose_attention, fuse_linears, skip_copies
+from torchaccel.fused.transformers import choose_attention, fuse_linears, keep_rows, skip_copies
 
 Pass = Callable[[Program], int]
 
@@ -164,16 +164,18 @@ PASSES: tuple[Pass, ...] = (
     lay_out_depthwise,
     replace_max_pools,
     replace_means,
+    keep_rows,
     skip_copies,
     choose_attention,
+    keep_rows,  # once more, since the layout of what attention gives is known now
     fuse_linears,
 )
 
 
 def rewrite(program: Program, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
     """Run the passes on a program that has no weights yet; returns how often each found something."""
-    counts = {}
+    counts: dict[str, int] = {}
     for run in passes:
-        counts[run.__name__] = run(program)
+        counts[run.__name__] = counts.get(run.__name__, 0) + run(program)
     tidy(program)
     return counts

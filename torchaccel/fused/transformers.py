@@ -18,7 +18,7 @@ from torchaccel.fused.graph import (
     value,
     written_between,
 )
-from torchaccel.fused.views import without_copies
+from torchaccel.fused.views import readers, rows_in_memory, without_copies
 
 _ATTENTION = aten.scaled_dot_product_attention.default
 LEAST_PRODUCTS = 1 << 24  # multiplications below which a matrix product is all launch
@@ -40,6 +40,29 @@ def skip_copies(program: Program) -> int:
             if view is not None and value(view).stride(-1) == 1:
                 node.update_arg(index, view)
                 done += 1
+    return done
+
+
+def keep_rows(program: Program) -> int:
+    """Let linear layers take the rows of their input as they lie in memory, and what reads them reorder the results.
+
+    `nn.MultiheadAttention` turns [batch, sequence] into [sequence, batch] and back: then neither is a copy. Not where
+    there is more to reorder then, unless attention reads it, which does not mind.
+    """
+    graph = program.exported.graph
+    if any(mutates(node) for node in graph.nodes):
+        return 0
+    done = 0
+    for linear in calls(graph, aten.linear.default):
+        rows = rows_in_memory(arguments(linear)["input"])
+        if rows is None:
+            continue
+        grows = value(linear).shape[-1] > rows.width
+        if grows and any(reader.target is not _ATTENTION for reader in readers(linear)):
+            continue
+        product = put_aten(linear, aten.linear.default, rows.put(linear), *linear.args[1:])
+        replace(program, linear, rows.restore(product, linear))
+        done += 1
     return done
 
 

@@ -71,21 +71,46 @@ class View:
                 wanted //= common
             self._dims.append(dim)
 
+    def rows(self, base: fx.Node) -> Rows | None:
+        """The rows along the last dimension; None where that is not what lies innermost, or nothing is reordered."""
+        tensor, last = value(base), self._dims[-1]
+        strides = tensor.stride()
+        memory = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+        wanted = [factor for factors in self._dims[:-1] for factor in factors]
+        lying = sorted((*wanted, *last), key=lambda factor: (memory.index(factor.dim), -factor.step))
+        rows = lying[: len(wanted)]
+        if self._fixed or lying[len(wanted) :] != last or rows == wanted:
+            return None
+        if not tensor.permute(memory).is_contiguous():
+            return None
+        order = [rows.index(factor) for factor in wanted]
+        shape = [math.prod(factor.size for factor in factors) for factors in self._dims[:-1]]
+        width = math.prod(factor.size for factor in last)
+        return Rows(base, memory, [factor.size for factor in rows], order, shape, width)
+
     def put(self, base: fx.Node, at: fx.Node) -> fx.Node:
         """The same out of the base by views alone, before `at`; raises ValueError where it takes a copy."""
         dims = [_joined(factors) for factors in self._dims]
         kept = [factor for factors in dims for factor in factors]
         factors = sorted((*kept, *self._fixed), key=lambda factor: (factor.dim, -factor.step))
-        node = put_aten(at, aten.reshape.default, base, [factor.size for factor in factors])
+        node = _reshaped(at, base, [factor.size for factor in factors])
         for place in reversed(range(len(factors))):
             if (index := factors[place].index) is not None:
                 node = put_aten(at, aten.select.int, node, place, index)
         order = [factor for factor in factors if factor.index is None]
-        node = put_aten(at, aten.permute.default, node, [order.index(factor) for factor in kept])
+        node = _permuted(at, node, [order.index(factor) for factor in kept])
         for place, factors in enumerate(dims):
             if not factors:
                 node = put_aten(at, aten.unsqueeze.default, node, place)
         return node
+
+
+def _reshaped(at: fx.Node, node: fx.Node, sizes: list[int]) -> fx.Node:
+    return node if list(value(node).shape) == sizes else put_aten(at, aten.reshape.default, node, sizes)
+
+
+def _permuted(at: fx.Node, node: fx.Node, order: list[int]) -> fx.Node:
+    return node if order == sorted(order) else put_aten(at, aten.permute.default, node, order)
 
 
 def _joined(factors: list[_Factor]) -> list[_Factor]:
@@ -115,21 +140,72 @@ _STEPS = {
 
 def without_copies(node: fx.Node, at: fx.Node) -> fx.Node | None:
     """`node` as a view of what it was copied from, put before `at`; None where nothing was copied, or it has to be."""
+    base, row = _origin(node)
+    view = _followed(base, row) if any(step.target in _COPIES for step in row) else None
+    try:
+        return None if view is None else view.put(base, at)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a tensor [..., width] in the order in which they lie in memory, and how that tensor has them."""
+
+    base: fx.Node
+    memory: list[int]  # the base's dimensions, the outermost first
+    sizes: list[int]
+    order: list[int]
+    shape: list[int]
+    width: int
+
+    def put(self, at: fx.Node) -> fx.Node:
+        """Them as a matrix, which is a view of the base."""
+        return _reshaped(at, _permuted(at, self.base, self.memory), [math.prod(self.sizes), self.width])
+
+    def restore(self, matrix: fx.Node, at: fx.Node) -> fx.Node:
+        """What was computed of each row, in the order and shape that the tensor has."""
+        width = value(matrix).shape[1]
+        node = _permuted(at, _reshaped(at, matrix, [*self.sizes, width]), [*self.order, len(self.order)])
+        return _reshaped(at, node, [*self.shape, width])
+
+
+def readers(node: fx.Node) -> set[fx.Node]:
+    """Who reads a tensor, directly or through views and copies."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        found |= readers(user) if user.target in _STEPS else {user}
+    return found
+
+
+def rows_in_memory(node: fx.Node) -> Rows | None:
+    """The rows of what a row of views and copies gives, where it has them in another order than they lie in memory."""
+    base, row = _origin(node)
+    view = _followed(base, row) if row else None
+    return None if view is None else view.rows(base)
+
+
+def _origin(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """Where a row of views and copies began, and its steps."""
     row: list[fx.Node] = []
-    base = node
-    while base.target in _STEPS:
-        row.insert(0, base)
-        base = arguments(base)["self"]
+    while node.target in _STEPS:
+        row.insert(0, node)
+        node = arguments(node)["self"]
+    return node, row
+
+
+def _followed(base: fx.Node, row: Sequence[fx.Node]) -> View | None:
+    """What the steps make of the base; None where that cannot be said, or the sizes are not known."""
     sizes = value(base).shape
-    if not any(step.target in _COPIES for step in row) or not all(isinstance(size, int) and size for size in sizes):
+    if not all(isinstance(size, int) and size for size in sizes):
         return None
     view = View(sizes)
     try:
         for step in row:
             _follow(view, step)
-        return view.put(base, at)
     except ValueError:
         return None
+    return view
 
 
 def _follow(view: View, step: fx.Node) -> None:
