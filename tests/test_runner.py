@@ -99,7 +99,7 @@ def test_without_a_gpu_there_is_no_graph_and_the_record_says_why() -> None:
 
 def test_an_engine_whose_kernels_overlap_is_refused_without_a_graph() -> None:
     engine = Doubles()
-    engine.overlaps = True
+    engine.graph_only = True
     with pytest.raises(BuildError, match=r"in a CUDA graph alone.* There is none: CUDA graphs need a GPU\."):
         make(engine, torch.zeros(2))
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from torchaccel.backends.base import Engine
-from torchaccel.edges import complete
+from torchaccel.edges import separate
 from torchaccel.errors import BuildError
 from torchaccel.forking import follow, forked_error
 from torchaccel.memory import is_out_of_memory
@@ -133,7 +133,7 @@ class Runner:
             self.record.why_no_graph = "cuda_graph=False"
         else:
             self._capture()
-        if self._engine.overlaps and self._graph is None:
+        if self._engine.graph_only and self._graph is None:
             raise BuildError(
                 "the engine's results are right in a CUDA graph alone: TensorRT-RTX's tf32 kernels overlap on Hopper "
                 f"GPUs where they must not. There is none: {self.record.why_no_graph}. Ask for 'fp16', 'bf16' or "
@@ -269,7 +269,7 @@ class Runner:
                 self._results = self._engine(*self._inputs)
             torch._C._cuda_clearCublasWorkspaces()
             if self._engine.overlaps:
-                complete(graph)
+                separate(graph)
             self._graph, self.record.graph = graph, True
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -48,6 +48,7 @@ class Engine(ABC):
     channels_last = False
     shares_store = False  # whether its weights are the store's own tensors, and so fresh after `WeightStore.refresh`
     overlaps = False  # whether its kernels overlap that must not, unless a CUDA graph keeps them apart
+    graph_only = False  # whether they do so often enough that it must not run without one
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -182,9 +183,11 @@ def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -
     return flavour_honours(flavour, precision) or gpu_honours(precision, device)
 
 
-def tensorrt_overlaps(flavour: str, precision: Precision, device: torch.device) -> bool:
-    """Whether kernels overlap that must not: TensorRT-RTX's for tf32 on Hopper GPUs (measured on an H200, with 1.4)."""
-    return flavour == "tensorrt_rtx" and precision.tf32 and torch.cuda.get_device_capability(device) >= (9, 0)
+def keep_apart(engine: Engine, flavour: str, precision: Precision, device: torch.device) -> Engine:
+    """The engine, marked if its kernels overlap: TensorRT-RTX's do on Hopper GPUs (measured on an H200, with 1.4)."""
+    engine.overlaps = flavour == "tensorrt_rtx" and torch.cuda.get_device_capability(device) >= (9, 0)
+    engine.graph_only = engine.overlaps and precision.tf32
+    return engine
 
 
 def flavour_honours(flavour: str, precision: Precision) -> str | None:
@@ -208,21 +211,22 @@ class TensorRTBacked:
             [name for _, name in manifest["inputs"]],
             manifest["outputs"],
         )
-        overlaps = tensorrt_overlaps(manifest["flavour"], plan.precision, device)
-        return _TensorRTEngine(engine, [position for position, _ in manifest["inputs"]], overlaps)
+        loaded = _TensorRTEngine(engine, [position for position, _ in manifest["inputs"]])
+        return keep_apart(loaded, manifest["flavour"], plan.precision, device)
 
 
 class _TensorRTEngine(Engine):
-    def __init__(self, engine: trt.TensorRTEngine, positions: list[int], overlaps: bool) -> None:
+    def __init__(self, engine: trt.TensorRTEngine, positions: list[int]) -> None:
         self._engine = engine
         self._positions = positions
-        self.overlaps = overlaps
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._engine(*(inputs[position] for position in self._positions))
 
     def another(self) -> Engine:
-        return _TensorRTEngine(self._engine.another(), self._positions, self.overlaps)
+        other = _TensorRTEngine(self._engine.another(), self._positions)
+        other.overlaps, other.graph_only = self.overlaps, self.graph_only
+        return other
 
     def device_bytes(self) -> int:
         return self._engine.weight_bytes

@@ -26,8 +26,8 @@ from torchaccel.backends.base import (
     NativeEngine,
     Plan,
     TensorRTBacked,
+    keep_apart,
     tensorrt_honours,
-    tensorrt_overlaps,
 )
 from torchaccel.capture import Program, count_operators, drop_weights, put_weight, quiet
 from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
@@ -118,7 +118,7 @@ class TorchTensorRT(TensorRTBacked, Backend):
         import torch_tensorrt  # noqa: F401 - it registers the operator that the program calls
 
         module = torch.export.load(io.BytesIO(plan.payload)).module()
-        return _PartialEngine(module, plan.precision, tensorrt_overlaps(_flavour(), plan.precision, device))
+        return keep_apart(_PartialEngine(module, plan.precision), _flavour(), plan.precision, device)
 
     def _whole(
         self, program: Program, precision: Precision, engine: tuple[bytes, dict[str, Any]], source: Any = None
@@ -140,11 +140,10 @@ class _PartialEngine(NativeEngine):
 
     shares_store = False
 
-    def __init__(self, module: Any, precision: Precision, overlaps: bool) -> None:
+    def __init__(self, module: Any, precision: Precision) -> None:
         super().__init__(module, precision)
         self._module = module
         self._precision = precision
-        self.overlaps = overlaps
 
     def outside_time_shares(self, *inputs: torch.Tensor) -> dict[str, float]:
         def run(interpret: Any, *tensors: torch.Tensor) -> Any:
