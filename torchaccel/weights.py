@@ -18,7 +18,7 @@ class WeightRule:
     function has a default for it: a convolution without bias, a BatchNorm without affine parameters.
     `channels_last` lays out four-dimensional weights so, `channels_innermost` puts the first dimension innermost in
     memory, for depthwise kernels, and `input_channels` pads a convolution's weight with zeros to so many. `parts` are
-    the rules whose values the function "sum" adds up.
+    the rules whose values the function "sum" adds up, or "rows" puts one below the other.
     """
 
     sources: tuple[str | None, ...]
@@ -45,6 +45,8 @@ class WeightRule:
         """What the function gives, before it is rounded and laid out."""
         if self.function == "sum":
             return torch.stack([part._value(tensors).double() for part in self.parts]).sum(0)
+        if self.function == "rows":
+            return torch.cat([part._value(tensors) for part in self.parts])
         given = [None if name is None else tensors[name].detach() for name in self.sources]
         return _FUNCTIONS[self.function](*given, epsilon=self.epsilon)
 

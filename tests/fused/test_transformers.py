@@ -93,6 +93,63 @@ def test_multi_head_attention_copies_nothing(batch_first: bool) -> None:
     check(program, module, x)
 
 
+def separate(m: Any, x: torch.Tensor, other: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Queries, keys and values out of a product each: [3, 5, 8] to [3, 2, 5, 4]."""
+    given = ((m.q, x), (m.k, x), (m.v, x if other is None else other))
+    return [layer(tensor).view(3, 5, 2, -1).transpose(1, 2) for layer, tensor in given]
+
+
+MERGED = {
+    "by attention alone": (lambda m, x: attend(*separate(m, x)), 1),
+    "by others too": (lambda m, x: attend(*(parts := separate(m, x))) + parts[0], 2),
+    "of another input": (lambda m, x: attend(*separate(m, x, x * 2)), 2),
+    "as a mask": (lambda m, x: attend(*separate(m, x), m.o(x).view(3, 1, 5, 5)), 2),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", MERGED)
+def test_products_for_attention_are_one(name: str, bias: bool) -> None:
+    function, left = MERGED[name]
+    parts = {key: nn.Linear(8, 8 if key in "qkv" else 5, bias=bias) for key in "qkvo"}
+    module, x = Lambda(function, **parts).eval(), torch.randn(3, 5, 8)
+    program = lowered(module, x)
+    assert operators(program)["linear"] == left
+    check(program, module, x)
+
+
+MASKS = {
+    "full": (lambda m, x: attend(x, x, x, torch.arange(5)[:, None] >= torch.zeros(5)), True),
+    "causal": (lambda m, x: attend(x, x, x, torch.arange(5)[:, None] >= torch.arange(5)), False),
+    "full, of a weight": (lambda m, x: attend(x, x, x, m.limit >= torch.zeros(5, 5)), False),
+    "full, of an input": (lambda m, x: attend(x, x, x, (x >= x - 1)[0, 0, :, :5]), False),
+    "of numbers": (lambda m, x: attend(x, x, x, torch.zeros(5, 5)), False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_that_hides_nothing_is_dropped(name: str) -> None:
+    function, dropped = MASKS[name]
+    module, x = Lambda(function).eval(), torch.randn(2, 3, 5, 8)
+    module.register_buffer("limit", torch.ones(5, 5))
+    program = lowered(module, x)
+    (node,) = (node for node in program.exported.graph.nodes if "torchaccel.attention" in str(node.target))
+    assert (node.args[3] is None) == dropped
+    check(program, module, x)
+
+
+def test_a_layer_that_serves_twice_is_not_merged() -> None:
+    layer = nn.Linear(8, 8)
+    module, x = Lambda(lambda m, x: attend(*separate(m, x)), q=layer, k=layer, v=nn.Linear(8, 8)).eval(), images()
+    program = lowered(module, x)
+    assert operators(program)["linear"] == 3
+    check(program, module, x)
+
+
+def images() -> torch.Tensor:
+    return torch.randn(3, 5, 8)
+
+
 ROWS = {
     "turned": (lambda m, x: m.a(x.transpose(0, 1)).transpose(0, 1) * 2, True),
     "turned and flattened": (lambda m, x: m.a(x.transpose(0, 1).reshape(15, 8)), True),

@@ -30,7 +30,14 @@ from torchaccel.fused.graph import (
     value,
 )
 from torchaccel.fused.operators import OPAQUE
-from torchaccel.fused.transformers import choose_attention, fuse_linears, keep_rows, skip_copies
+from torchaccel.fused.transformers import (
+    choose_attention,
+    drop_full_masks,
+    fuse_linears,
+    keep_rows,
+    merge_linears,
+    skip_copies,
+)
 
 Pass = Callable[[Program], int]
 
@@ -164,8 +171,10 @@ PASSES: tuple[Pass, ...] = (
     lay_out_depthwise,
     replace_max_pools,
     replace_means,
+    merge_linears,
     keep_rows,
     skip_copies,
+    drop_full_masks,
     choose_attention,
     keep_rows,  # once more, since the layout of what attention gives is known now
     fuse_linears,

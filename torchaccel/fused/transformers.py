@@ -1,6 +1,10 @@
 """The passes for attention and matrix products: no copies between them, and what follows a product goes into it."""
 
+from collections import defaultdict
+from typing import Any
+
 import torch
+from torch import fx
 
 from torchaccel.capture import Program
 from torchaccel.fused import cudnn_plans
@@ -15,13 +19,58 @@ from torchaccel.fused.graph import (
     put,
     put_aten,
     replace,
+    traced,
     value,
+    weights,
     written_between,
 )
-from torchaccel.fused.views import readers, rows_in_memory, without_copies
+from torchaccel.fused.views import origin, readers, rows_in_memory, without_copies
+from torchaccel.weights import WeightRule
 
 _ATTENTION = aten.scaled_dot_product_attention.default
 LEAST_PRODUCTS = 1 << 24  # multiplications below which a matrix product is all launch
+
+
+def merge_linears(program: Program) -> int:
+    """Linear layers of one input that only attention reads (queries, keys, values) as one, of all their rows."""
+    graph, names = program.exported.graph, weights(program)
+    if any(mutates(node) for node in graph.nodes):
+        return 0
+    alike: dict[Any, list[fx.Node]] = defaultdict(list)
+    for linear in calls(graph, aten.linear.default):
+        given = arguments(linear)
+        own = [node for node in (given["weight"], given["bias"]) if node is not None]
+        read = readers(linear)
+        if read and all(node in names and len(node.users) == 1 for node in own) and _only_attended(read, linear):
+            alike[given["input"], len(own), value(own[0]).dtype].append(linear)
+    groups = [group for group in alike.values() if len(group) > 1]
+    for group in groups:
+        _merge(program, group, names)
+    return len(groups)
+
+
+def _only_attended(read: set[fx.Node], linear: fx.Node) -> bool:
+    """Whether attention alone reads a linear layer, and not as its mask."""
+    if any(reader.target is not _ATTENTION for reader in read):
+        return False
+    masks = [arguments(reader)["attn_mask"] for reader in read]
+    return not any(mask is not None and origin(mask)[0] is linear for mask in masks)
+
+
+def _merge(program: Program, group: list[fx.Node], names: dict[fx.Node, str]) -> None:
+    """One linear layer in the place of the first, with parts of its result for the results of all."""
+    given, start = [arguments(linear) for linear in group], 0
+    for name in ("weight", "bias"):
+        nodes = [one[name] for one in given if one[name] is not None]
+        if nodes:
+            rules = tuple(program.rules[names[node]] for node in nodes)
+            program.rules[names[nodes[0]]] = WeightRule((), "rows", value(nodes[0]).dtype, parts=rules)
+            nodes[0].meta["val"] = traced(torch.cat, ([value(node) for node in nodes],))
+    merged = put_aten(group[0], aten.linear.default, *(given[0][name] for name in ("input", "weight", "bias")))
+    for linear in group:
+        end = start + value(linear).shape[-1]
+        replace(program, linear, put_aten(linear, aten.slice.Tensor, merged, -1, start, end))
+        start = end
 
 
 def skip_copies(program: Program) -> int:
@@ -64,6 +113,34 @@ def keep_rows(program: Program) -> int:
         replace(program, linear, rows.restore(product, linear))
         done += 1
     return done
+
+
+def drop_full_masks(program: Program) -> int:
+    """Drop masks that are computed of nothing given and hide nothing, as BERT's without padding: they cost a kernel."""
+    done = 0
+    for node in calls(program.exported.graph, _ATTENTION):
+        mask = arguments(node)["attn_mask"]
+        constant = None if mask is None or value(mask).dtype != torch.bool else _constant(mask)
+        if constant is not None and bool(constant.all()):
+            node.update_arg(3, None)
+            done += 1
+    return done
+
+
+def _constant(node: fx.Node) -> torch.Tensor | None:
+    """The value of a node that depends on no input and no weight, computed on the CPU; None for any other."""
+    target: Any = node.target
+    if node.op != "call_function" or mutates(node) or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+        return None
+    given = {source: _constant(source) for source in node.all_input_nodes}
+    if any(tensor is None for tensor in given.values()) or not is_tensor(node):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+    kwargs = {key: torch.device("cpu") if key == "device" else argument for key, argument in kwargs.items()}
+    try:
+        return target(*args, **{**kwargs, "pin_memory": False} if "pin_memory" in kwargs else kwargs)
+    except (RuntimeError, TypeError, ValueError):  # a size that is not known yet, of a dynamic batch
+        return None
 
 
 def choose_attention(program: Program) -> int:

@@ -140,7 +140,7 @@ _STEPS = {
 
 def without_copies(node: fx.Node, at: fx.Node) -> fx.Node | None:
     """`node` as a view of what it was copied from, put before `at`; None where nothing was copied, or it has to be."""
-    base, row = _origin(node)
+    base, row = origin(node)
     view = _followed(base, row) if any(step.target in _COPIES for step in row) else None
     try:
         return None if view is None else view.put(base, at)
@@ -180,12 +180,12 @@ def readers(node: fx.Node) -> set[fx.Node]:
 
 def rows_in_memory(node: fx.Node) -> Rows | None:
     """The rows of what a row of views and copies gives, where it has them in another order than they lie in memory."""
-    base, row = _origin(node)
+    base, row = origin(node)
     view = _followed(base, row) if row else None
     return None if view is None else view.rows(base)
 
 
-def _origin(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+def origin(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """Where a row of views and copies began, and its steps."""
     row: list[fx.Node] = []
     while node.target in _STEPS:
