@@ -7,6 +7,7 @@ tensors of fp16 and bf16 with sums in fp32.
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,16 @@ import torch
 
 from torchaccel.environment import import_problem
 from torchaccel.fused.choice import graph_ms
+from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.notes import note, recall
 from torchaccel.memory import is_out_of_memory
 
 MAX_WORKSPACE_BYTES = 256 << 20
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "gelu_tanh")
 DTYPES = (torch.float16, torch.bfloat16)
+# Those with ReLU or none take less than a second in all. With other activations cuDNN compiles them, most of a second
+# each: what its heuristic proposes first has to do.
+ENOUGH_BUILDING_S = 2.0
 # One run that takes this much longer than the best so far is not looked at any further.
 _HOPELESS, _LAUNCH_MS = 2.0, 0.05
 _X, _WEIGHT, _BIAS, _RESIDUAL, _Y = range(1, 6)
@@ -36,15 +41,17 @@ class Problem:
 
     x: tuple[int, ...]
     weight: tuple[int, ...]
-    y: tuple[int, ...]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    geometry: Geometry
     bias: bool
     residual: bool
     activation: str
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def y(self) -> tuple[int, int, int, int]:
+        """The output's shape."""
+        return self.geometry.output(self.x, self.weight)
 
 
 @functools.cache
@@ -81,6 +88,17 @@ class Plan:
             handle = _handle(x.device)
             self._graph.execute_plan_at_index(pointers, workspace.data_ptr(), self.index, handle)
         return y
+
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def run(problem_: Problem, tensors: Tensors, expected: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The result by the fastest plan; raises `RuntimeError` where cuDNN has none."""
+    plan = best_plan(problem_, lambda plan: plan(*tensors), expected)
+    if plan is None:
+        raise RuntimeError(f"cuDNN has no plan for {problem_}")
+    return plan(*tensors)
 
 
 def best_plan(
@@ -134,13 +152,13 @@ def _search(problem_: Problem, example: Callable[[Plan], torch.Tensor], expected
         return None
     for plan in _built(problem_, graph):
         try:
-            time = _plan_ms(functools.partial(example, plan), expected, best[0] if best else None)
+            plan_ms = _plan_ms(functools.partial(example, plan), expected, best[0] if best else None)
         except _errors() as error:
             if is_out_of_memory(error):
                 raise
             continue
-        if time is not None and (best is None or time < best[0]):
-            best = time, plan.index, plan.name
+        if plan_ms is not None and (best is None or plan_ms < best[0]):
+            best = plan_ms, plan.index, plan.name
     if best is None:
         return None
     return _alone(problem_, graph, best)
@@ -171,15 +189,21 @@ def _only(problem_: Problem, index: int, name: str) -> Plan | None:
 
 
 def _built(problem_: Problem, graph: Any) -> Iterator[Plan]:
-    """Every plan that cuDNN can build, each once, within the bound on workspace."""
-    seen = set()
+    """The plans that cuDNN can build, each once, within the bounds on workspace and on the time that building takes."""
+    seen, spent_s = set(), 0.0
     for index in range(graph.get_execution_plan_count()):
+        if spent_s > ENOUGH_BUILDING_S:
+            return
         try:
             name = graph.get_plan_name_at_index(index)
             if name in seen:
                 continue
             seen.add(name)
-            graph.build_plan_at_index(index)
+            begun_s = time.perf_counter()
+            try:
+                graph.build_plan_at_index(index)
+            finally:
+                spent_s += time.perf_counter() - begun_s
             if graph.get_workspace_size_plan_at_index(index) <= MAX_WORKSPACE_BYTES:
                 yield Plan(problem_, graph, index)
         except _errors() as error:
@@ -216,10 +240,10 @@ def operations(problem_: Problem, handle: int | None) -> Any:
     y = graph.conv_fprop(
         image=tensor(_X, problem_.x),
         weight=tensor(_WEIGHT, problem_.weight),
-        pre_padding=list(problem_.padding),
-        post_padding=list(problem_.padding),
-        stride=list(problem_.stride),
-        dilation=list(problem_.dilation),
+        pre_padding=list(problem_.geometry.padding),
+        post_padding=list(problem_.geometry.padding),
+        stride=list(problem_.geometry.stride),
+        dilation=list(problem_.geometry.dilation),
     )
     if problem_.bias:
         y = graph.bias(input=y, bias=tensor(_BIAS, (1, problem_.y[1], 1, 1)))
