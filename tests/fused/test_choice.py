@@ -60,6 +60,22 @@ def test_while_a_graph_is_captured_nothing_is_chosen_or_noted(monkeypatch: pytes
     assert (notes.made, choice.times_ms()) == ({}, {})
 
 
+def test_while_kernels_are_compiled_those_of_triton_are_run_for_that_and_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes, ran = Notes(), []
+    with monkeypatch.context() as patch, taking(notes):
+        patch.setattr(choice, "is_compiling", lambda: True)
+        assert choose(PROBLEM, candidates(ran=ran)) == "aten"
+        assert choose("fails", candidates(fails="triton")) == "aten"
+    assert (ran, notes.made, choice.times_ms(), choice.failures()) == (["triton"], {}, {}, {})
+    assert choose(PROBLEM, candidates()) == "cudnn"
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "is_compiling", lambda: True)
+        assert choose(PROBLEM, candidates(ran=ran)) == "aten"
+    assert ran == ["triton"], "it was compiled"
+
+
 def test_what_an_earlier_process_chose_is_run_once_and_nothing_is_timed() -> None:
     first = Notes()
     with taking(first):

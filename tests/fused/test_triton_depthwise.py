@@ -1,4 +1,4 @@
-"""The tiles of the depthwise convolution, and what its kernel is compiled to: neither needs a GPU."""
+"""The tiles of the depthwise convolution and of the mean, and what its kernel is compiled to: neither needs a GPU."""
 
 import re
 from collections import Counter
@@ -16,6 +16,7 @@ from triton.compiler import ASTSource, compile
 
 from torchaccel.fused import triton_depthwise
 from torchaccel.fused.triton_depthwise import Tile, tiles
+from torchaccel.fused.triton_kernels import mean_vectors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -53,6 +54,13 @@ def test_the_best_tiles_that_were_measured_are_among_them(
     batch: int, channels: int, size: int, window: int, best: str
 ) -> None:
     assert best in map(str, tiles((batch, channels, size, size), torch.float16, (window, window)))
+
+
+@pytest.mark.parametrize("size, best", [(112, 1), (56, 1), (28, 2), (14, 4), (7, 8), (1, 8)])
+def test_the_mean_s_best_vectors_that_were_measured_are_among_them(size: int, best: int) -> None:
+    found = mean_vectors((32, 960, size, size))
+    assert best in found
+    assert len(found) <= 2
 
 
 def test_tiles_are_smaller_where_there_is_too_little_work_for_a_gpu() -> None:

@@ -240,6 +240,27 @@ def test_a_dynamic_batch() -> None:
     assert model.report().builds == 1
 
 
+def test_all_kernels_that_are_timed_are_compiled_before_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from torchaccel.fused import ahead
+
+    torch.manual_seed(0)
+    compiled_ahead: list[bool] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **kernel: compiled_ahead.append(ahead.is_compiling())
+    )
+    monkeypatch.setitem(BACKENDS, "fused", Fused(routes=("plain",)))
+    layers = nn.Conv2d(3, 88, 3, 2, 1), nn.ReLU(), nn.Conv2d(88, 88, 3, padding=1, groups=88), nn.Hardswish()
+    module = nn.Sequential(*layers, nn.MaxPool2d(3), nn.Conv2d(88, 88, 1), nn.AdaptiveAvgPool2d(1)).cuda()
+    model = torchaccel.compile(module, "fp16", backend="fused", cache_dir=False)
+    x = torch.randn(4, 3, 96, 96, device="cuda")
+    with torch.inference_mode():
+        assert relative_error(model(x), module(x)) <= PRECISIONS["fp16"].bound
+    assert len(compiled_ahead) > 3
+    assert all(compiled_ahead)
+
+
 # --- weights ---
 
 
