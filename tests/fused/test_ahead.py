@@ -1,5 +1,7 @@
 """Compiling kernels ahead, for a GPU that is not there."""
 
+import warnings
+
 import pytest
 
 from torchaccel.environment import import_problem
@@ -54,6 +56,7 @@ def _hopper(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 def test_kernels_are_compiled_and_not_run_and_one_that_fails_stops_no_other() -> None:
     assert not is_compiling()
+    filters = list(warnings.filters)
     with compiling():
         assert is_compiling()
         for value, kind in ((1, "a"), (2, "impossible"), (3, "a"), (1, "a")):
@@ -61,5 +64,6 @@ def test_kernels_are_compiled_and_not_run_and_one_that_fails_stops_no_other() ->
     assert not is_compiling()
     compiled = [kernel for kernel in _fill.device_caches[0][0].values() if isinstance(kernel, CompiledKernel)]
     assert len(compiled) == 2
+    assert list(warnings.filters) == filters
     with pytest.raises(CompilationError):
         launch(_fill, (1,), Half(), VALUE=2, KIND="impossible")

@@ -4,6 +4,7 @@ Threads are enough: of a kernel's compilation about a quarter is Python's, for w
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ def compiling() -> Iterator[None]:
     """
     import triton
 
-    threads = min(_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "compiling")
     token = _compiling.set(True)
     try:
-        with ThreadPoolExecutor(threads, "compiling") as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        # Triton sets filters of warnings while it compiles, which are the process's: threads would leave them behind.
+        with warnings.catch_warnings(), pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             yield
     finally:
         _compiling.reset(token)
