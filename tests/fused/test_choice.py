@@ -8,7 +8,7 @@ import torch
 
 from torchaccel.fused import choice
 from torchaccel.fused.choice import choose
-from torchaccel.fused.notes import Notes, taking
+from torchaccel.fused.notes import Notes, begun, taking
 
 PROBLEM = ("conv", ((2, 64), (64, 1), torch.float16, torch.device("cuda", 1)), (True, False), None)
 TEXT = '["conv",[[2,64],[64,1],"torch.float16","cuda"],[true,false],null]'
@@ -101,6 +101,14 @@ def test_what_this_process_has_chosen_for_another_build_is_noted_too() -> None:
     assert notes.new() == {TEXT: "cudnn"}
     notes.forget()
     assert PROBLEM in choice._chosen, "it was not recalled"
+
+
+def test_a_build_knows_whether_an_earlier_one_has_left_it_choices() -> None:
+    assert not begun()
+    with taking(Notes()):
+        assert not begun()
+    with taking(Notes({TEXT: "cudnn"})):
+        assert begun()
 
 
 @pytest.mark.parametrize("other", [(), (0,), (1.0,), "conv", (True, False, None)], ids=str)

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from torchaccel.environment import import_problem
 from torchaccel.fused import cudnn_plans
-from torchaccel.fused.cudnn_plans import ACTIVATIONS, Plan, Problem
+from torchaccel.fused.cudnn_graphs import ACTIVATIONS, DTYPES, Problem, operations
+from torchaccel.fused.cudnn_plans import Plan
 from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.notes import Notes, taking
 
@@ -29,12 +30,12 @@ PROBLEM = Problem(
 
 
 @needs_cudnn
-@pytest.mark.parametrize("dtype", cudnn_plans.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cudnn_takes_what_it_is_asked_for(activation: str, dtype: torch.dtype) -> None:
     for bias, residual in itertools.product((True, False), repeat=2):
         problem = replace(PROBLEM, activation=activation, dtype=dtype, bias=bias, residual=residual)
-        assert cudnn_plans.operations(problem, None) is not None
+        assert operations(problem, None) is not None
 
 
 @pytest.mark.parametrize("geometry", [Geometry(), Geometry((2, 1), (0, 2), (1, 2)), Geometry((3, 2), (4, 1), groups=2)])

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchaccel.fused import cudnn_plans, triton_kernels, triton_linear
 from torchaccel.fused.choice import Run, choose
+from torchaccel.fused.cudnn_graphs import Problem
 from torchaccel.fused.geometry import Geometry, pair
 from torchaccel.fused.gpu_convolutions import DTYPES, conv_bias_act
 from torchaccel.fused.reference import REFERENCE
@@ -123,7 +124,7 @@ def _planned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """A matrix product as the 1×1 convolution of as many images of one pixel."""
     pixels, kernel = x[:, :, None, None], weight[:, :, None, None]
     shapes = tuple(pixels.shape), tuple(kernel.shape)
-    problem = cudnn_plans.Problem(*shapes, Geometry(), bias is not None, False, activation, x.dtype, x.device)
+    problem = Problem(*shapes, Geometry(), bias is not None, False, activation, x.dtype, x.device)
     expected = functools.partial(REFERENCE["linear_act"], x, weight, bias, activation)
     y = cudnn_plans.run(problem, (pixels, kernel, bias, None), lambda: expected()[:, :, None, None])
     return y.view(len(x), len(weight))

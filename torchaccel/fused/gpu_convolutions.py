@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from torchaccel.fused import cudnn_plans, triton_depthwise, triton_linear
 from torchaccel.fused.choice import Run, choose
+from torchaccel.fused.cudnn_graphs import Problem
 from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.reference import ACTIVATIONS
 from torchaccel.fused.tensors import channels_last, empty, key_of, tf32
@@ -135,7 +136,7 @@ def plan(call: Convolution) -> torch.Tensor:
     x, weight, bias, residual = call.x, channels_last(call.weight), call.bias, call.residual
     shapes = tuple(x.shape), tuple(weight.shape)
     present = bias is not None, residual is not None
-    problem = cudnn_plans.Problem(*shapes, call.geometry, *present, call.activation, x.dtype, x.device)
+    problem = Problem(*shapes, call.geometry, *present, call.activation, x.dtype, x.device)
     return cudnn_plans.run(problem, (x, weight, bias, residual), functools.partial(aten, call))
 
 
