@@ -68,6 +68,11 @@ def test_tiles_are_smaller_where_there_is_too_little_work_for_a_gpu() -> None:
     assert list(map(str, tiles((1, 72, 112, 112), torch.float16, (3, 3)))) == ["2x4x4", "1x7x4", "1x4x4"]
 
 
+def test_tiles_do_not_reach_far_beyond_the_border() -> None:
+    assert list(map(str, tiles((32, 960, 7, 7), torch.float16, (5, 5)))) == ["1x7x4", "1x4x4", "1x2x4"]
+    assert list(map(str, tiles((32, 960, 1, 1), torch.float16, (5, 5)))) == ["1x1x4"]
+
+
 @pytest.mark.parametrize("channels", [72, 96])
 def test_all_memory_is_read_8_bytes_at_a_time_and_no_input_twice(channels: int) -> None:
     for tile in (Tile(1, 4, 4), Tile(4, 4, 4)):
