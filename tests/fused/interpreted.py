@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from torchaccel.fused import triton_depthwise, triton_linear
 from torchaccel.fused import triton_kernels as kernels
+from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.reference import ACTIVATIONS, conv_bias_act, linear_act
 from torchaccel.fused.triton_depthwise import Tile
 
@@ -59,7 +60,7 @@ def depthwise() -> None:
         (batch(1, 8, 11, 10), (3, 3), (2, 2), (1, 1), (2, 2)),
         (batch(1, 8, 11, 10), (2, 2), (3, 3), (0, 1), (1, 1)),
     ]
-    wide, tall, lone = Tile(1, 4, 2, warps=1), Tile(2, 3, 2, warps=1, span=4), Tile(1, 1, 1)
+    wide, tall, lone = Tile(1, 4, 2), Tile(2, 3, 2), Tile(1, 1, 1)
     cases = [
         (geometry, tile, "relu") for geometry, tile in zip(geometries, (wide, wide, lone, wide, wide), strict=True)
     ]
@@ -74,7 +75,9 @@ def depthwise() -> None:
             bias = torch.randn(channels) if has_bias else None
             residual = batch(*plain.shape) if has_residual else None
             expected = conv_bias_act(x, weight, bias, residual, *geometry, channels, activation)
-            result = triton_depthwise.depthwise(x, weight, bias, residual, like(plain), *geometry, activation, tile)
+            result = triton_depthwise.depthwise(
+                x, weight, bias, residual, like(plain), Geometry(*geometry), activation, tile
+            )
             torch.testing.assert_close(result, expected, msg=f"{x.shape}, {kernel}, {geometry}, {tile}, {activation}")
 
 

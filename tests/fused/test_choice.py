@@ -8,7 +8,7 @@ import torch
 
 from torchaccel.fused import choice
 from torchaccel.fused.choice import choose
-from torchaccel.fused.notes import Notes, taking
+from torchaccel.fused.notes import Notes, begun, taking
 
 PROBLEM = ("conv", ((2, 64), (64, 1), torch.float16, torch.device("cuda", 1)), (True, False), None)
 TEXT = '["conv",[[2,64],[64,1],"torch.float16","cuda"],[true,false],null]'
@@ -60,6 +60,22 @@ def test_while_a_graph_is_captured_nothing_is_chosen_or_noted(monkeypatch: pytes
     assert (notes.made, choice.times_ms()) == ({}, {})
 
 
+def test_while_kernels_are_compiled_those_of_triton_are_run_for_that_and_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes, ran = Notes(), []
+    with monkeypatch.context() as patch, taking(notes):
+        patch.setattr(choice, "is_compiling", lambda: True)
+        assert choose(PROBLEM, candidates(ran=ran)) == "aten"
+        assert choose("fails", candidates(fails="triton")) == "aten"
+    assert (ran, notes.made, choice.times_ms(), choice.failures()) == (["triton"], {}, {}, {})
+    assert choose(PROBLEM, candidates()) == "cudnn"
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "is_compiling", lambda: True)
+        assert choose(PROBLEM, candidates(ran=ran)) == "aten"
+    assert ran == ["triton"], "it was compiled"
+
+
 def test_what_an_earlier_process_chose_is_run_once_and_nothing_is_timed() -> None:
     first = Notes()
     with taking(first):
@@ -85,6 +101,14 @@ def test_what_this_process_has_chosen_for_another_build_is_noted_too() -> None:
     assert notes.new() == {TEXT: "cudnn"}
     notes.forget()
     assert PROBLEM in choice._chosen, "it was not recalled"
+
+
+def test_a_build_knows_whether_an_earlier_one_has_left_it_choices() -> None:
+    assert not begun()
+    with taking(Notes()):
+        assert not begun()
+    with taking(Notes({TEXT: "cudnn"})):
+        assert begun()
 
 
 @pytest.mark.parametrize("other", [(), (0,), (1.0,), "conv", (True, False, None)], ids=str)

@@ -1,25 +1,26 @@
 """cuDNN's plans, as far as they go without a GPU: what it is asked for is valid; where it is missing that is said."""
 
 import itertools
-from dataclasses import replace
+import time
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.nn import functional
 
 from torchaccel.environment import import_problem
 from torchaccel.fused import cudnn_plans
-from torchaccel.fused.cudnn_plans import ACTIVATIONS, Plan, Problem
+from torchaccel.fused.cudnn_graphs import ACTIVATIONS, DTYPES, Problem, operations
+from torchaccel.fused.cudnn_plans import Plan
+from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.notes import Notes, taking
 
 needs_cudnn = pytest.mark.skipif(bool(import_problem("cudnn")), reason=str(import_problem("cudnn")))
 PROBLEM = Problem(
     (2, 64, 56, 56),
     (128, 64, 3, 3),
-    (2, 128, 28, 28),
-    (2, 2),
-    (1, 1),
-    (1, 1),
+    Geometry((2, 2), (1, 1)),
     True,
     False,
     "relu",
@@ -29,18 +30,20 @@ PROBLEM = Problem(
 
 
 @needs_cudnn
-@pytest.mark.parametrize("dtype", cudnn_plans.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cudnn_takes_what_it_is_asked_for(activation: str, dtype: torch.dtype) -> None:
     for bias, residual in itertools.product((True, False), repeat=2):
         problem = replace(PROBLEM, activation=activation, dtype=dtype, bias=bias, residual=residual)
-        assert cudnn_plans.operations(problem, None) is not None
+        assert operations(problem, None) is not None
 
 
-@needs_cudnn
-def test_cudnn_refuses_an_output_of_another_size() -> None:
-    with pytest.raises(cudnn_plans._errors()):
-        cudnn_plans.operations(replace(PROBLEM, residual=True, y=(2, 128, 27, 28)), None)
+@pytest.mark.parametrize("geometry", [Geometry(), Geometry((2, 1), (0, 2), (1, 2)), Geometry((3, 2), (4, 1), groups=2)])
+def test_the_output_has_the_shape_that_pytorch_gives_it(geometry: Geometry) -> None:
+    problem = replace(PROBLEM, geometry=geometry, x=(2, 8, 13, 17), weight=(6, 8 // geometry.groups, 3, 5))
+    x, weight = (torch.empty(shape, device="meta") for shape in (problem.x, problem.weight))
+    expected = functional.conv2d(x, weight, None, *(getattr(geometry, field.name) for field in fields(geometry)))
+    assert problem.y == expected.shape
 
 
 def test_where_the_package_is_missing_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +127,16 @@ def test_the_plan_of_an_earlier_process_is_the_only_one_that_is_built(graph: typ
     assert graph.built == ["fast"]
     assert second.new() == {}
     assert cudnn_plans._plans == {}, "what was recalled is forgotten"
+
+
+def test_building_ends_after_a_time_with_the_best_that_was_built(
+    graph: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))  # a plan takes a second to build
+    monkeypatch.setattr(cudnn_plans, "ENOUGH_BUILDING_S", 0.5)
+    assert best(Notes()) == "slow"
+    assert set(graph.built) == {"slow"}
 
 
 @pytest.mark.parametrize("fault", ["name", "index", "fails"])

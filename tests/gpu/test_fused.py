@@ -80,35 +80,38 @@ def test_a_convolution_computes_what_pytorch_does(name: str, dtype: torch.dtype,
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 def test_every_kernel_of_a_convolution_ignores_what_its_output_s_memory_held(with_residual: bool) -> None:
     """cuDNN is handed the output as a residual times zero: NaN left in that memory must not come through."""
-    from torchaccel.fused import gpu
+    from torchaccel.fused import gpu_convolutions
+    from torchaccel.fused.geometry import Geometry
 
     x, weight, bias = batch(2, 64, 28, 28), batch(64, 64, 3, 3) * 0.1, torch.randn(64, device="cuda").half()
     residual = batch(2, 64, 28, 28) if with_residual else None
     for _ in range(20):
         poison(x, x.dtype)
-        y = gpu._cudnn_conv(x, weight, bias, residual, (1, 1), (1, 1), (1, 1), 1)
+        call = gpu_convolutions.Convolution(x, weight, bias, residual, Geometry(padding=(1, 1)), "relu")
+        y = gpu_convolutions.cudnn(call)
         assert bool(y.isfinite().all())
         del y
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_cudnn_s_own_plans_are_found_right_and_can_be_captured(name: str) -> None:
-    from torchaccel.fused import cudnn_plans, gpu, reference
+    from torchaccel.fused import cudnn_plans, gpu_convolutions, reference
+    from torchaccel.fused.geometry import Geometry
 
     if reason := cudnn_plans.problem():
         pytest.skip(reason)
     torch.manual_seed(0)
     shape, weight_shape, (*geometry, groups) = CONVOLUTIONS[name]
     x, weight, bias = batch(*shape), batch(*weight_shape) * 0.1, torch.randn(weight_shape[0], device="cuda").half()
-    strides = [tuple(pair) for pair in geometry]
     for activation, with_residual in (("relu", True), ("relu", False), ("none", True), ("silu", False)):
         plain = functional.conv2d(x, weight, None, *geometry, groups)
         residual = batch(*plain.shape) if with_residual else None
         doubles = [None if t is None else t.double() for t in (x, weight, bias, residual)]
         expected = reference.conv_bias_act(*doubles, *geometry, groups, activation)
-        arguments = x, weight, bias, residual, *strides, groups, activation
+        where = Geometry.of(*geometry, groups)
+        call = gpu_convolutions.Convolution(x, weight, bias, residual, where, activation)
         try:
-            result = gpu._planned_conv(*arguments)
+            result = gpu_convolutions.plan(call)
         except RuntimeError as error:
             print(f"{name}, {activation}, residual {with_residual}: {error}")
             assert "cuDNN has no plan" in str(error)
@@ -117,7 +120,7 @@ def test_cudnn_s_own_plans_are_found_right_and_can_be_captured(name: str) -> Non
         assert apart(result, expected) < BOUNDS[torch.float16]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = gpu._planned_conv(*arguments)
+            captured = gpu_convolutions.plan(call)
         poison(captured, captured.dtype)
         graph.replay()
         assert torch.equal(captured, result)
@@ -235,6 +238,27 @@ def test_a_dynamic_batch() -> None:
             x = torch.randn(size, 3, 32, 32, device="cuda")
             assert relative_error(model(x), module(x)) <= PRECISIONS["fp16"].bound
     assert model.report().builds == 1
+
+
+def test_all_kernels_that_are_timed_are_compiled_before_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from torchaccel.fused import ahead
+
+    torch.manual_seed(0)
+    compiled_ahead: list[bool] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **kernel: compiled_ahead.append(ahead.is_compiling())
+    )
+    monkeypatch.setitem(BACKENDS, "fused", Fused(routes=("plain",)))
+    layers = nn.Conv2d(3, 88, 3, 2, 1), nn.ReLU(), nn.Conv2d(88, 88, 3, padding=1, groups=88), nn.Hardswish()
+    module = nn.Sequential(*layers, nn.MaxPool2d(3), nn.Conv2d(88, 88, 1), nn.AdaptiveAvgPool2d(1)).cuda()
+    model = torchaccel.compile(module, "fp16", backend="fused", cache_dir=False)
+    x = torch.randn(4, 3, 96, 96, device="cuda")
+    with torch.inference_mode():
+        assert relative_error(model(x), module(x)) <= PRECISIONS["fp16"].bound
+    assert len(compiled_ahead) > 3
+    assert all(compiled_ahead)
 
 
 # --- weights ---

@@ -13,7 +13,7 @@ from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
 from torchaccel.capture import Program, quiet
 from torchaccel.environment import triton_problem
 from torchaccel.errors import BuildError
-from torchaccel.fused.notes import note, recall
+from torchaccel.fused.notes import begun, note, recall
 from torchaccel.memory import is_out_of_memory
 from torchaccel.precision import Precision
 
@@ -54,6 +54,8 @@ class Fused(NativeBackend):
         program: Program = plan.payload
         routes = _tried(self._routes, program, device)
         known = _known(routes, program, plan.precision)
+        if device.type == "cuda" and not begun():
+            _compile_kernels(program, plan.precision)
         engine, found = known or _fastest(routes, program, plan.precision, device)
         if len(routes) > 1:
             note(("route", routes), found)
@@ -140,6 +142,18 @@ def _fastest(
         raise BuildError(f"the rewritten program could not be run ({reasons})")
     chosen = min(engines, key=lambda route: times_ms[route])
     return engines[chosen], {"route": chosen, "routes_ms": times_ms, "routes_failed": failures}
+
+
+def _compile_kernels(program: Program, precision: Precision) -> None:
+    """Have Triton compile, many at once, all kernels that will be timed: by a run of the program on PyTorch's own."""
+    from torchaccel.fused.ahead import compiling
+
+    try:
+        with compiling():
+            _first_run("plain", program, precision)
+    except RuntimeError as error:  # where the routes fail too, they say so
+        if is_out_of_memory(error):
+            raise
 
 
 def _first_run(route: str, program: Program, precision: Precision) -> tuple[Engine, list[torch.Tensor]]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import torch
 
+from torchaccel.fused.ahead import is_compiling
 from torchaccel.fused.notes import note, recall
 
 Run = Callable[[], torch.Tensor]
@@ -30,18 +31,30 @@ def choose(problem: Hashable, candidates: Mapping[str, Run]) -> str:
     """The name of the fastest candidate; the first is the reference, which always works.
 
     A candidate that raises, or is off from the reference, is out. While a graph is being captured nothing can be
-    timed: the reference serves then, for this once.
+    timed: the reference serves then, for this once. So it does while kernels are compiled, and the candidates that are
+    Triton's, by their names, have theirs compiled.
     """
+    first, *others = candidates
+    if is_compiling():
+        if problem not in _chosen:
+            _compile(candidates)
+        return first
     name = _chosen.get(problem)
     if name is None:
-        names = list(candidates)
-        if len(names) == 1 or torch.cuda.is_current_stream_capturing():
-            return names[0]
+        if not others or torch.cuda.is_current_stream_capturing():
+            return first
         with _lock:
             name = _chosen.get(problem) or _recalled(problem, candidates) or _fastest(problem, candidates)
             _chosen[problem] = name
     note(problem, name)
     return name
+
+
+def _compile(candidates: Mapping[str, Run]) -> None:
+    for name, run in candidates.items():
+        if name.startswith("triton"):
+            with suppress(RuntimeError):  # it is raised once more, and counted, where the kernel is timed
+                run()
 
 
 def failures() -> Counter[tuple[str, str]]:

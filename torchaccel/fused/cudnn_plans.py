@@ -7,44 +7,28 @@ tensors of fp16 and bf16 with sums in fp32.
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from torchaccel.environment import import_problem
 from torchaccel.fused.choice import graph_ms
+from torchaccel.fused.cudnn_graphs import ACTIVATIONS, BIAS, DTYPES, RESIDUAL, WEIGHT, Problem, X, Y, operations
 from torchaccel.fused.notes import note, recall
 from torchaccel.memory import is_out_of_memory
 
 MAX_WORKSPACE_BYTES = 256 << 20
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "gelu_tanh")
-DTYPES = (torch.float16, torch.bfloat16)
+# Those with ReLU or none take less than a second in all. With other activations cuDNN compiles them, most of a second
+# each: what its heuristic proposes first has to do.
+ENOUGH_BUILDING_S = 2.0
 # One run that takes this much longer than the best so far is not looked at any further.
 _HOPELESS, _LAUNCH_MS = 2.0, 0.05
-_X, _WEIGHT, _BIAS, _RESIDUAL, _Y = range(1, 6)
 
 _handles: dict[torch.device, int] = {}
 _plans: dict[Hashable, "Plan | None"] = {}
 _lock = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A convolution with what follows it: all that its plans depend on. Every tensor is channels-last."""
-
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    y: tuple[int, ...]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    bias: bool
-    residual: bool
-    activation: str
-    dtype: torch.dtype
-    device: torch.device
 
 
 @functools.cache
@@ -74,13 +58,24 @@ class Plan:
         """The convolution's result, a new channels-last tensor."""
         y = torch.empty(self._problem.y, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=x.device)
-        given = {_X: x, _WEIGHT: weight, _BIAS: bias, _RESIDUAL: residual, _Y: y}
+        given = {X: x, WEIGHT: weight, BIAS: bias, RESIDUAL: residual, Y: y}
         tensors = {uid: _aligned(tensor) for uid, tensor in given.items() if tensor is not None}
         pointers = {uid: tensor.data_ptr() for uid, tensor in tensors.items()}
         with _lock:
             handle = _handle(x.device)
             self._graph.execute_plan_at_index(pointers, workspace.data_ptr(), self.index, handle)
         return y
+
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def run(problem_: Problem, tensors: Tensors, expected: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The result by the fastest plan; raises `RuntimeError` where cuDNN has none."""
+    plan = best_plan(problem_, lambda plan: plan(*tensors), expected)
+    if plan is None:
+        raise RuntimeError(f"cuDNN has no plan for {problem_}")
+    return plan(*tensors)
 
 
 def best_plan(
@@ -134,13 +129,13 @@ def _search(problem_: Problem, example: Callable[[Plan], torch.Tensor], expected
         return None
     for plan in _built(problem_, graph):
         try:
-            time = _plan_ms(functools.partial(example, plan), expected, best[0] if best else None)
+            plan_ms = _plan_ms(functools.partial(example, plan), expected, best[0] if best else None)
         except _errors() as error:
             if is_out_of_memory(error):
                 raise
             continue
-        if time is not None and (best is None or time < best[0]):
-            best = time, plan.index, plan.name
+        if plan_ms is not None and (best is None or plan_ms < best[0]):
+            best = plan_ms, plan.index, plan.name
     if best is None:
         return None
     return _alone(problem_, graph, best)
@@ -171,15 +166,21 @@ def _only(problem_: Problem, index: int, name: str) -> Plan | None:
 
 
 def _built(problem_: Problem, graph: Any) -> Iterator[Plan]:
-    """Every plan that cuDNN can build, each once, within the bound on workspace."""
-    seen = set()
+    """The plans that cuDNN can build, each once, within the bounds on workspace and on the time that building takes."""
+    seen, spent_s = set(), 0.0
     for index in range(graph.get_execution_plan_count()):
+        if spent_s > ENOUGH_BUILDING_S:
+            return
         try:
             name = graph.get_plan_name_at_index(index)
             if name in seen:
                 continue
             seen.add(name)
-            graph.build_plan_at_index(index)
+            begun_s = time.perf_counter()
+            try:
+                graph.build_plan_at_index(index)
+            finally:
+                spent_s += time.perf_counter() - begun_s
             if graph.get_workspace_size_plan_at_index(index) <= MAX_WORKSPACE_BYTES:
                 yield Plan(problem_, graph, index)
         except _errors() as error:
@@ -197,63 +198,8 @@ def _graph(problem_: Problem) -> Any:
     return graph
 
 
-def operations(problem_: Problem, handle: int | None) -> Any:
-    """cuDNN's graph of the problem, validated; without a handle it needs no GPU."""
-    import cudnn
-
-    io = cudnn.data_type.HALF if problem_.dtype is torch.float16 else cudnn.data_type.BFLOAT16
-    graph = cudnn.pygraph(
-        name="torchaccel_convolution",
-        io_data_type=io,
-        intermediate_data_type=cudnn.data_type.FLOAT,
-        compute_data_type=cudnn.data_type.FLOAT,
-        handle=handle,
-    )
-
-    def tensor(uid: int, shape: tuple[int, ...]) -> Any:
-        return graph.tensor(dim=list(shape), stride=_strides(shape), data_type=io, uid=uid)
-
-    y = graph.conv_fprop(
-        image=tensor(_X, problem_.x),
-        weight=tensor(_WEIGHT, problem_.weight),
-        pre_padding=list(problem_.padding),
-        post_padding=list(problem_.padding),
-        stride=list(problem_.stride),
-        dilation=list(problem_.dilation),
-    )
-    if problem_.bias:
-        y = graph.bias(input=y, bias=tensor(_BIAS, (1, problem_.y[1], 1, 1)))
-    if problem_.residual:
-        y = graph.add(a=y, b=tensor(_RESIDUAL, problem_.y))
-    y = _activate(graph, y, problem_.activation)
-    y.set_output(True).set_data_type(io).set_dim(list(problem_.y)).set_stride(_strides(problem_.y)).set_uid(_Y)
-    graph.validate()
-    graph.build_operation_graph()
-    return graph
-
-
 # What would make results depend on the run, or less exact than sums in fp32.
 _UNWANTED = ("NONDETERMINISTIC", "DOWN_CONVERT_INPUTS", "REDUCED_PRECISION_REDUCTION", "FFT", "WINOGRAD")
-
-
-def _activate(graph: Any, y: Any, activation: str) -> Any:
-    if activation == "relu":
-        return graph.relu(input=y)
-    if activation == "relu6":
-        return graph.relu(input=y, lower_clip=0.0, upper_clip=6.0)
-    if activation == "silu":
-        return graph.mul(a=y, b=graph.sigmoid(input=y))
-    if activation == "gelu":
-        return graph.gelu(input=y)
-    if activation == "gelu_tanh":
-        return graph.gelu_approx_tanh(input=y)
-    return y
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    """Channels-last, also where a dimension of one leaves PyTorch's own strides open."""
-    _, channels, height, width = shape
-    return [height * width * channels, 1, width * channels, channels]
 
 
 def _handle(device: torch.device) -> int:

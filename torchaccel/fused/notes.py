@@ -58,6 +58,12 @@ def taking(notes: Notes) -> Iterator[None]:
         _current.reset(token)
 
 
+def begun() -> bool:
+    """Whether an earlier build has left choices to this one."""
+    notes = _current.get()
+    return notes is not None and bool(notes.known)
+
+
 def recall(problem: Hashable, memory: MutableMapping[Any, Any] | None = None) -> Any:
     """What an earlier build chose for a problem; None where that is not known.
 

@@ -16,48 +16,54 @@ import torch
 import triton
 import triton.language as tl
 
+from torchaccel.fused.ahead import launch
+from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.triton_kernels import _activate
 
 _WIDEST = 32  # columns of a window: they are written out, and the compiler's time goes with them
 _UNROLLED = 9  # windows up to 3×3 are written out whole, of larger ones a row: they take the compiler seconds
+_BLOCKS = 25  # windows up to 5×5 are written out whole for tiles of several rows, which gain the most
 _ENOUGH = 132 * 128  # threads that keep a large GPU busy: those of a program on each of its multiprocessors
-_WASTED = 1.4  # outputs computed for each that there is, at most: tiles reach beyond the border
+_WASTED = 1.25  # outputs computed for each that there is, at most: tiles reach beyond the border
 _COUNTED = 2**31 - 2**10  # threads that 32 bits number, those behind the last tile among them
-_MOST = 6  # tiles that are timed for a problem, of these: rows, columns, and the part of 16 bytes of channels
-_LARGE = (1, 7, 1), (1, 4, 1), (1, 7, 2), (1, 2, 1), (1, 4, 2)
-_SMALL = (1, 2, 2), (1, 1, 1), (1, 1, 2)
+# Rows and columns, large tiles first: the best on an H200 over the layers of MobileNetV3-L and ConvNeXt-T, then their
+# like for fewer threads. Half of 16 bytes of channels was the best throughout.
+_FOR_SMALL = (4, 4), (2, 4), (1, 7), (1, 4), (1, 2), (1, 1)
+_FOR_LARGE = (1, 14), (1, 7), (1, 4), (1, 2), (1, 1)
+_TIMED = 3  # of these for a problem
+_WARPS = 4
 
 
 class Tile(NamedTuple):
-    """What a thread computes, and how many of them make a program."""
+    """What a thread computes."""
 
     rows: int
     columns: int
     channels: int
-    warps: int = 4
-    span: int = 0  # channels of a program, for more pixels that share their inputs: 0 for all
 
     def __str__(self) -> str:
-        name = f"{self.rows}x{self.columns}x{self.channels}"
-        return name + f" of {self.span}" * bool(self.span) + f" in {self.warps} warps" * (self.warps != 4)
+        return f"{self.rows}x{self.columns}x{self.channels}"
 
 
 def tiles(shape: Sequence[int], dtype: torch.dtype, kernel: tuple[int, int]) -> list[Tile]:
-    """The tiles worth timing for an output's shape and a window, large ones first; none for too wide windows."""
+    """The tiles worth timing for an output's shape and a window, large ones first; none for too wide windows.
+
+    They begin with the largest that leaves enough threads for a GPU.
+    """
     batch, channels, height, width = shape
     outputs = math.prod(shape)
     if kernel[1] > _WIDEST or not outputs:
         return []
-    vector = math.gcd(channels, 16 // dtype.itemsize)
-    found = []
-    for rows, columns, part in ((2, 4, 1), *_LARGE, *_SMALL) if _written_out(kernel) else (*_LARGE, *_SMALL):
-        tile = Tile(rows, columns, max(1, vector // part))
-        threads = batch * triton.cdiv(height, rows) * triton.cdiv(width, columns) * (channels // tile.channels)
-        wasteful = threads * rows * columns * tile.channels > _WASTED * outputs
-        enough = threads >= _ENOUGH or (rows, columns, part) in _SMALL
-        if enough and not wasteful and threads < _COUNTED:
-            found.append(tile)
-    return list(dict.fromkeys(found))[:_MOST]
+    part = max(1, math.gcd(channels, 16 // dtype.itemsize) // 2)
+    found, threads = [], []
+    for rows, columns in _FOR_SMALL if kernel[0] * kernel[1] <= _BLOCKS else _FOR_LARGE:
+        count = batch * triton.cdiv(height, rows) * triton.cdiv(width, columns) * (channels // part)
+        if count * rows * columns * part <= _WASTED * outputs and count < _COUNTED:
+            found.append(Tile(rows, columns, part))
+            threads.append(count)
+    first = sum(count < _ENOUGH for count in threads)
+    first = max(0, min(first, len(found) - _TIMED))
+    return found[first : first + _TIMED]
 
 
 @triton.constexpr_function
@@ -134,7 +140,7 @@ def _depthwise(
     thread = tl.program_id(0) * THREADS + tl.arange(0, THREADS)[:, None]
     # Threads behind the last tile compute that one once more and store nothing: so no load needs a mask for them.
     tile = tl.minimum(thread // GROUPS, tiles - 1)
-    c = (tl.program_id(1) * GROUPS + thread % GROUPS) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    c = (thread % GROUPS) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     h, w, n = (tile // ACROSS % DOWN) * ROWS, (tile % ACROSS) * COLUMNS, (tile // (ACROSS * DOWN)).to(tl.int64)
     top, left = h * SH - PH, w * SW - PW
     corner = x + ((n * H + top) * W + left) * C + c
@@ -181,9 +187,7 @@ def depthwise(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     y: torch.Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    geometry: Geometry,
     activation: str,
     tile: Tile,
 ) -> torch.Tensor:
@@ -192,21 +196,15 @@ def depthwise(
     weight_c, _, weight_h, weight_w = weight.stride()
     kernel = weight.shape[2], weight.shape[3]
     groups = channels // tile.channels
-    if tile.span:
-        groups = max(part for part in range(1, groups + 1) if groups % part == 0 and part * tile.channels <= tile.span)
     count = batch * triton.cdiv(out_height, tile.rows) * triton.cdiv(out_width, tile.columns)
-    threads = 32 * tile.warps
-    grid = triton.cdiv(count * groups, threads), channels // (tile.channels * groups)
-    _depthwise[grid](
+    launch(
+        _depthwise, (triton.cdiv(count * groups, 32 * _WARPS),),
         x, weight, bias, residual, y, count, weight_c, weight_h, weight_w,
-        channels, height, width, out_height, out_width, *kernel, *stride, *padding, *dilation,
+        channels, height, width, out_height, out_width,
+        *kernel, *geometry.stride, *geometry.padding, *geometry.dilation,
         BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation,
-        ROWS=tile.rows, COLUMNS=tile.columns, CHANNELS=tile.channels, GROUPS=groups, THREADS=threads,
-        UNROLL=tile.rows > 1 or _written_out(kernel),
-        num_warps=tile.warps, num_stages=1,
+        ROWS=tile.rows, COLUMNS=tile.columns, CHANNELS=tile.channels, GROUPS=groups, THREADS=32 * _WARPS,
+        UNROLL=tile.rows > 1 or kernel[0] * kernel[1] <= _UNROLLED,
+        num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
     return y
-
-
-def _written_out(kernel: tuple[int, int]) -> bool:
-    return kernel[0] * kernel[1] <= _UNROLLED

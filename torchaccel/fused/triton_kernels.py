@@ -6,16 +6,19 @@ what a thread reads is contiguous. They run in Triton's interpreter too (`TRITON
 
 # mypy: disable-error-code="no-untyped-def"
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from torchaccel.fused.ahead import launch
+
 # Elements of a tile: up to sixteen for each thread, fewer where there would be too few programs to fill a GPU.
 _TILE_MOST, _TILE_LEAST, _PROGRAMS = 2048, 256, 264
 _UNROLLED = 49  # windows up to 7×7 are written out, so that their loads are under way together
-VECTORS = 1, 2, 4  # 16 bytes of channels that a program of the mean may take, worth timing
 _FEW_PIXELS = 1024  # up to so many the mean takes small programs
 
 
@@ -105,11 +108,20 @@ def max_pool(
     """Max-pooling of `x` into `y`, both channels-last; the shape of `y` says whether sizes were rounded up."""
     (_, channels, height, width), (_, _, out_height, out_width) = x.shape, y.shape
     grid, block = _tiles(y)
-    _max_pool[grid](
-        x, y, y.numel() // channels, channels, height, width, out_height, out_width,
+    launch(
+        _max_pool, grid, x, y, y.numel() // channels, channels, height, width, out_height, out_width,
         *kernel, *stride, *padding, *dilation, *block, UNROLL=kernel[0] * kernel[1] <= _UNROLLED,
     )  # fmt: skip
     return y
+
+
+def mean_vectors(shape: Sequence[int]) -> tuple[int, ...]:
+    """How many times 16 bytes of channels a program of the mean may take, worth timing: more for smaller images.
+
+    Of a large batch the larger number, measured on an H200 for images of 7×7 to 112×112; of a small one its half.
+    """
+    most = min(8, triton.next_power_of_2(max(1, 56 // math.isqrt(shape[2] * shape[3]))))
+    return (most, most // 2) if most > 1 else (1,)
 
 
 def mean_pixels(x: torch.Tensor, y: torch.Tensor, vectors: int) -> torch.Tensor:
@@ -124,7 +136,8 @@ def mean_pixels(x: torch.Tensor, y: torch.Tensor, vectors: int) -> torch.Tensor:
     # Eight loads of a thread are under way together.
     block_p = min(8 * 32 * warps * vector // block_c, triton.next_power_of_2(height * width))
     grid = (batch, triton.cdiv(channels, block_c))
-    _mean_pixels[grid](x, y, channels, height * width, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps)
+    blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c}
+    launch(_mean_pixels, grid, x, y, channels, height * width, **blocks, num_warps=warps)
     return y
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from torchaccel.fused.ahead import launch
 from torchaccel.fused.triton_kernels import _activate
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -95,7 +96,8 @@ def linear(
     (rows, depth), columns = x.shape, weight.shape[0]
     count = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
     programs = min(count, _processors(x.device))
-    _linear[(programs,)](
+    launch(
+        _linear, (programs,),
         TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth]),
         TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth]),
         bias,
