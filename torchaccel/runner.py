@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from torchaccel.backends.base import Engine
-from torchaccel.edges import separate
+from torchaccel.edges import complete
 from torchaccel.errors import BuildError
 from torchaccel.forking import follow, forked_error
 from torchaccel.memory import is_out_of_memory
@@ -269,7 +269,7 @@ class Runner:
                 self._results = self._engine(*self._inputs)
             torch._C._cuda_clearCublasWorkspaces()
             if self._engine.overlaps:
-                separate(graph)
+                complete(graph)
             self._graph, self.record.graph = graph, True
         except RuntimeError as error:
             if is_out_of_memory(error):

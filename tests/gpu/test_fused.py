@@ -203,6 +203,17 @@ def test_a_linear_layer_computes_what_pytorch_does(activation: str, dtype: torch
 # --- models ---
 
 
+def test_every_call_gives_the_same_bits() -> None:
+    model = torchaccel.compile(ZOO["resnet18"].module(), "fp16", backend="fused")
+    x = torch.randn(8, 3, 224, 224, device="cuda")
+    with torch.inference_mode():
+        first = model(x)
+        differing = torch.zeros((), device="cuda")
+        for _ in range(2000):
+            differing += (model(x) != first).any()
+    assert differing.item() == 0
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ZOO)
 def test_models_compute_what_the_module_does(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:

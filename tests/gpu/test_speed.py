@@ -11,10 +11,12 @@ from tests.gpu.helpers import need
 from tests.models import ZOO
 from torchaccel.precision import tf32_state
 
+# The 0.22 ms that were asked of the ONNX route at batch 1 it had (0.2085) while kernels overlapped, and results were wrong
+# now and then. That each waits for the one ahead takes 6 % there, and 2 % at batch 32 (torchaccel/edges.py).
 REPLAY_MS = {
     ("torch_tensorrt", 1): 0.23,
     ("torch_tensorrt", 32): 0.90,
-    ("onnx_tensorrt", 1): 0.22,
+    ("onnx_tensorrt", 1): 0.23,
     ("onnx_tensorrt", 32): 0.87,
 }
 CALL_OVER_REPLAY_MS = 0.03
