@@ -1,5 +1,6 @@
 """Tests in several processes, by pytest-xdist: how many there are at most, and with how many threads each computes."""
 
+import gc
 import os
 
 import pytest
@@ -19,3 +20,10 @@ def pytest_xdist_auto_num_workers() -> int | None:
     import torch
 
     return 0 if torch.cuda.is_available() or CORES == 1 else min(CORES, MOST_PROCESSES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collections_pass_over_what_is_old() -> None:
+    """Each build collects garbage, which takes 0.2 s where PyTorch, TensorRT and thousands of tests are looked at."""
+    gc.collect()
+    gc.freeze()
