@@ -174,7 +174,7 @@ def test_the_test_command_stands_where_ci_reads_it():
     assert done.stdout in [block for _, block in fenced(README, "bash")]
     lines = done.stdout.splitlines()
     assert lines[0] == "python3 -m venv .venv"
-    assert lines[-1] == "python -m pytest"
+    assert lines[-1].split()[:3] == ["python", "-m", "pytest"]
 
 
 def test_commands_name_what_there_is():

@@ -71,9 +71,10 @@ def test_resnet18_builds() -> None:
 
 def test_mobilenet_with_its_hardswish_builds_in_bf16() -> None:
     case = ZOO["mobilenet_v3_large"]
-    program = captured(case.module(), *case.inputs(2)[0], precision="bf16")
-    assert program.operators["aten.hardswish_.default"] + program.operators["aten.hardswish.default"] > 10
-    assert build(case.module(), *case.inputs(2)[0], precision="bf16").size_mib() > 5
+    plan = build(case.module(), *case.inputs(2)[0], precision="bf16")
+    assert plan.coverage is not None
+    assert plan.coverage.inside["aten.hardswish_.default"] + plan.coverage.inside["aten.hardswish.default"] > 10
+    assert plan.size_mib() > 5
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
