@@ -11,8 +11,8 @@ from tests.gpu.helpers import need
 from tests.models import ZOO
 from torchaccel.precision import tf32_state
 
-# The ONNX route had the 0.22 ms that were asked of it at batch 1 (0.2085) while kernels overlapped, and were wrong now and
-# then. That each waits for the one ahead takes 6 % there, and 2 % at batch 32 (torchaccel/edges.py).
+# Of the ONNX route 0.22 ms were asked at batch 1, which it kept (0.2085) while kernels overlapped, and were wrong now
+# and then. That each waits for the one ahead takes 6 % there, and 2 % at batch 32 (torchaccel/edges.py).
 REPLAY_MS = {
     ("torch_tensorrt", 1): 0.23,
     ("torch_tensorrt", 32): 0.90,
