@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -58,14 +59,14 @@ while True:
 @pytest.fixture
 def busy_gpu() -> Iterator[None]:
     """Other processes on the GPU."""
-    others = [subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for other in others:
-        assert other.stdout
-        assert other.stdout.readline() == "busy\n"
-    yield
-    for other in others:
-        other.kill()
-        other.wait()
+    command = [sys.executable, "-c", BUSY]
+    with ExitStack() as stay:
+        for _ in range(2):
+            other = stay.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stay.callback(other.kill)
+            assert other.stdout
+            assert other.stdout.readline() == "busy\n"
+        yield
 
 
 @pytest.mark.usefixtures("busy_gpu")

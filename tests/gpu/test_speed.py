@@ -11,12 +11,10 @@ from tests.gpu.helpers import need
 from tests.models import ZOO
 from torchaccel.precision import tf32_state
 
-# Of the ONNX route 0.22 ms were asked at batch 1, which it kept (0.2085) while kernels overlapped, and were wrong now
-# and then. That each waits for the one ahead takes 6 % there, and 2 % at batch 32 (torchaccel/edges.py).
 REPLAY_MS = {
     ("torch_tensorrt", 1): 0.23,
     ("torch_tensorrt", 32): 0.90,
-    ("onnx_tensorrt", 1): 0.23,
+    ("onnx_tensorrt", 1): 0.22,
     ("onnx_tensorrt", 32): 0.87,
 }
 CALL_OVER_REPLAY_MS = 0.03
@@ -79,6 +77,18 @@ def test_a_dynamic_engine_is_within_a_tenth_of_the_static_one_at_opt(backend: st
 
 # --- host to host ---
 
+HOST_THREADS = 4  # of PyTorch, which would fill buffers with as many as there are cores, and have them spin in between
+
+
+@pytest.fixture
+def _few_host_threads() -> Iterator[None]:
+    """On a host with dozens of cores, one that another process uses would hold up all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, HOST_THREADS))
+    yield
+    torch.set_num_threads(before)
+
+
 STREAM_SHARE = 0.97
 FROM_PAGEABLE_SHARE = 0.9
 FASTER_THAN_A_LOOP = 5.0
@@ -123,6 +133,7 @@ def stream_ms(
     return sorted(rounds[-5:])[2]
 
 
+@pytest.mark.usefixtures("_few_host_threads")
 @pytest.mark.parametrize("batch", [32, 128])
 @pytest.mark.parametrize("source", ["pinned bytes", "pinned fp16"])
 def test_stream_runs_at_the_speed_of_the_engine(source: str, batch: int) -> None:
