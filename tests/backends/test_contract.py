@@ -127,21 +127,37 @@ def test_turing_has_neither_tf32_nor_bf16(
         assert name in str(reasons[name])
 
 
-def test_tensorrt_rtx_is_never_asked_for_ieee_fp32_nor_on_hopper_for_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_rtx_is_never_asked_for_ieee_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchaccel.backends import base
 
     monkeypatch.setattr(base, "device_problem", lambda flavour, index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert "TF32" in str(base.tensorrt_honours("tensorrt_rtx", FP32, GPU))
     assert base.tensorrt_honours("tensorrt", FP32, GPU) is None
-    for name in ("fp16", "bf16"):
+    for name in ("tf32", "fp16", "bf16"):
         assert base.tensorrt_honours("tensorrt_rtx", PRECISIONS[name], GPU) is None
-    assert "do not repeat" in str(base.tensorrt_honours("tensorrt_rtx", PRECISIONS["tf32"], GPU))
-    assert base.tensorrt_honours("tensorrt", PRECISIONS["tf32"], GPU) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert base.tensorrt_honours("tensorrt_rtx", PRECISIONS["tf32"], GPU) is None
     monkeypatch.setattr(base, "device_problem", lambda flavour, index: f"{flavour} does not know this GPU")
     assert base.tensorrt_honours("tensorrt_rtx", PRECISIONS["fp16"], GPU) == "tensorrt_rtx does not know this GPU"
+
+
+@pytest.mark.parametrize(
+    ("flavour", "precision", "capability", "marks"),
+    [
+        ("tensorrt_rtx", "fp16", (9, 0), (True, False)),
+        ("tensorrt_rtx", "tf32", (9, 0), (True, True)),
+        ("tensorrt_rtx", "tf32", (8, 9), (False, False)),
+        ("tensorrt", "tf32", (9, 0), (False, False)),
+    ],
+)
+def test_engines_whose_kernels_overlap_are_marked(
+    flavour: str, precision: str, capability: tuple[int, int], marks: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchaccel.backends import base
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    engine = base.NativeEngine(lambda: (), PRECISIONS[precision])
+    assert base.keep_apart(engine, flavour, PRECISIONS[precision], GPU) is engine
+    assert (engine.overlaps, engine.graph_only) == marks
 
 
 def test_backends_never_import_each_other() -> None:
