@@ -1,9 +1,9 @@
 """A backend of torchaccel beside the best rival, over models, precisions and batches: `python -m benchmarks.suite`.
 
 Every cell (a model, a precision, a batch) is written to the result file, under benchmarks/results/<gpu>/, as soon as
-it is measured; one that the file has, of the same code, GPU and versions, is not measured again. Several processes,
-each on its own GPU, may fill one file: `--gpus` starts them. Without a GPU a small part of it measures the CPU, and
-says so.
+it is measured; one that the file has, of the same code, GPU and versions, is not measured again. Cells of other code
+stay, each with its commit, until every cell is there, and are then measured anew. Several processes, each on its own
+GPU, may fill one file: `--gpus` starts them. Without a GPU a small part of it measures the CPU, and says so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.processes import on_each_gpu
 from benchmarks.run import Plan, carry_out, settings_of
 from benchmarks.suite_arguments import AUTOTUNED, SMALL_PART, complete, parser, wanted
 from benchmarks.suite_file import Cell, SuiteFile, alone
-from benchmarks.suite_table import conclusion, tables
+from benchmarks.suite_table import tables
 from torchaccel.memory import release
 
 CPU_PIXELS = 32
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         small = " ".join(str(value) for (value,) in SMALL_PART.values())
         _say(f"No GPU was found: this measures the CPU, on images of {CPU_PIXELS} pixels, and by default only {small}.")
     if file.foreign:
-        _say(f"{file.path} is of another backend, code, device or versions: {file.foreign}.")
+        _say(f"{file.path} is of another backend, device or versions: {file.foreign}.")
         _say("The first cell moves it aside.")
     known = file.records if given.again else []
     work = (given, started, known)
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file.reload()
     if file.rows:
         _console().print(tables(file.rows))
-        for line in conclusion(file.rows):
+        for line in file.conclusion():
             _say(line)
         _say(f"Written: {file.path}")
     left = sum(not file.has(cell, given.peers, but=known) for cell in wanted(given, device))
@@ -93,15 +94,18 @@ def _fill(given: argparse.Namespace, started: float, known: list[Any]) -> int:
             "processes": given.gpus,
             "gpu_uuid": _gpu_uuid() if device.type == "cuda" else None,
         }
-        for cell in wanted(given, device):
+        # What was never measured comes first, then what other code was measured of.
+        done: set[Cell] = set()
+        for of_this_code, cell in product((False, True), wanted(given, device)):
             with file.claim(cell) as free:
-                if not free or file.has(cell, given.peers, but=known):
+                if not free or cell in done or file.has(cell, given.peers, known, of_this_code):
                     continue
                 if _spent(started, given.limit_s):
-                    break
+                    return 0
                 _say(f"{cell} ...")
                 rows, record = _measure(cell, device, given)
                 file.add(cell, rows, record | under)
+                done.add(cell)
                 _say(f"{cell}: {record['wall_s']:.0f} s{_spent_on(rows)}")
             if not _freed(device):
                 _say(f"The GPU is lost to this process since {cell}, whose row has the reason.")

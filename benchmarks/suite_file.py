@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -36,9 +37,10 @@ class Cell:
 
 
 class SuiteFile:
-    """The cells that were measured by this code on this device with these versions; others are not mixed with them.
+    """The cells that were measured on this device with these versions; others are not mixed with them.
 
-    `backend` is the one of torchaccel that the file is of. Several processes may add to one file. Raises ValueError
+    Each cell has the commit and the tree of torchaccel that it was measured of: a suite takes hours, and the code goes
+    on. `backend` is the one of torchaccel that the file is of. Several processes may add to one file. Raises ValueError
     for a file that is damaged, and leaves it as it is.
     """
 
@@ -61,23 +63,35 @@ class SuiteFile:
         else:
             self.rows, self.records = content["rows"], content["cells"]
 
-    def has(self, cell: Cell, peers: Collection[str] = (), but: Collection[Any] = ()) -> bool:
+    def has(
+        self, cell: Cell, peers: Collection[str] = (), but: Collection[Any] = (), of_this_code: bool = True
+    ) -> bool:
         """Whether a cell was measured, beside at least these peers, and is none of the records `but`."""
-        records = (record for record in self.records if cell.has(record) and record not in but)
+        records = [record for record in self.records if cell.has(record) and record not in but]
+        if of_this_code:
+            records = [record for record in records if record["tree"] == self._origin["tree"]]
         return any(set(peers) <= set(record.get("peers", ())) for record in records)
+
+    def conclusion(self) -> list[str]:
+        """What the figures say, and of which code they are."""
+        commits = Counter(f"{record['commit'] or 'unknown'} (tree {record['tree'][:12]})" for record in self.records)
+        listed = ", ".join(f"{count} at {commit}" for commit, count in commits.most_common())
+        return [*conclusion(self.rows), f"Cells, by the commit of torchaccel: {listed}."]
 
     def add(self, cell: Cell, rows: list[Row], record: dict[str, Any]) -> None:
         """Put a cell in the place of an earlier one of its name, and write the file, whole or not at all."""
         with alone(self.path.with_name(f".{self.path.name}.lock")):
             self.reload()
             self.rows = [row for row in self.rows if not cell.has(row)] + rows
-            self.records = [other for other in self.records if not cell.has(other)] + [asdict(cell) | record]
+            self.records = [other for other in self.records if not cell.has(other)] + [
+                asdict(cell) | {name: self._origin[name] for name in ("commit", "tree")} | record
+            ]
             for ordered in (self.rows, self.records):  # else in that in which the processes came to their ends
                 ordered.sort(key=lambda one: (one["model"], one["precision"], one["batch"]))
             if self.foreign:
                 self.path.replace(_free_name(self.path))
                 self.foreign = ""
-            measured = self._origin | {"cells": self.records, "conclusion": conclusion(self.rows)}
+            measured = self._origin | {"cells": self.records, "conclusion": self.conclusion()}
             results_file.write(self.path, results_file.document("suite", self.rows, **measured))
 
     @contextmanager
@@ -116,14 +130,14 @@ def libraries() -> dict[str, str | None]:
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must have in common for their figures to stand in one file: backend, code, device, versions."""
+    """What two runs must have in common for their figures to stand in one file: backend, device, versions."""
     environment = content["environment"]
     gpus = [gpu["name"] for gpu in environment["gpus"]]
     aside = ("gpus", "cpu", "platform", "torchaccel")  # another host with the same GPU and versions will do
     versions = {name: value for name, value in environment.items() if name not in aside}
     device = gpus[0] if gpus else environment["cpu"]
     backend = content.get("backend", "fastest")
-    return {"backend": backend, "tree": content["tree"], "device": device, **versions, **content["libraries"]}
+    return {"backend": backend, "device": device, **versions, **content["libraries"]}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

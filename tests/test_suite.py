@@ -171,13 +171,12 @@ def test_a_damaged_file_is_left_alone_and_the_way_out_is_named(tiny, tmp_path, c
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.update(tree="0" * 40),
         lambda content: content["environment"].update(torch="1.0"),
         lambda content: content["libraries"].update(transformers="1.0"),
         lambda content: content["environment"].update(gpus=[{"name": "another"}]),
     ],
 )
-def test_a_file_of_other_code_or_versions_is_moved_aside_whole(tiny, tmp_path, capsys, change):
+def test_a_file_of_another_gpu_or_other_versions_is_moved_aside_whole(tiny, tmp_path, capsys, change):
     path = tmp_path / "suite.json"
     ran(path, "--batch", "1", "--precision", "fp16")
     content = json.loads(path.read_text())
@@ -190,6 +189,28 @@ def test_a_file_of_other_code_or_versions_is_moved_aside_whole(tiny, tmp_path, c
     assert len(tiny) == 2
     assert (tmp_path / "suite.old-1.json").read_text() == before
     assert "The first cell moves it aside" in capsys.readouterr().out
+
+
+def test_cells_of_other_code_stay_until_all_are_measured_and_say_so(tiny, tmp_path):
+    path = tmp_path / "suite.json"
+    ran(path, "--batch", "1", "--precision", "fp16")
+    content = json.loads(path.read_text())
+    content["cells"][0] |= {"tree": "0" * 40, "commit": "1" * 40}
+    path.write_text(json.dumps(content))
+    ran(path, "--batch", "1,2", "--precision", "fp16")
+    assert [cell.batch for cell in tiny] == [1, 2, 1]
+    content = json.loads(path.read_text())
+    (tree,) = {cell["tree"] for cell in content["cells"]}
+    assert tree == content["tree"]
+
+    content["cells"][0] |= {"tree": "0" * 40, "commit": "1" * 40}
+    path.write_text(json.dumps(content))
+    ran(path, "--batch", "4", "--precision", "fp16")
+    content = json.loads(path.read_text())
+    assert [cell["batch"] for cell in content["cells"]] == [1, 2, 4]
+    said = content["conclusion"][-1]
+    assert said.startswith("Cells, by the commit of torchaccel: 2 at ")
+    assert said.endswith(f"1 at {'1' * 40} (tree 000000000000).")
 
 
 def test_another_host_with_the_same_gpu_goes_on():
