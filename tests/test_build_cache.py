@@ -11,9 +11,9 @@ from torch import nn
 
 import torchaccel
 from tests.helpers import on_cpu
-from torchaccel import plans
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan
-from torchaccel.cache import Cache
+from torchaccel.cache import plans
+from torchaccel.cache.store import Cache
 from torchaccel.capture import Program
 from torchaccel.compiler import BACKENDS
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from torchaccel import helper as module
-from torchaccel.cache import cache_folder
+from torchaccel.cache.store import cache_folder
 from torchaccel.environment import cxx_compiler
 from torchaccel.helper import Helper
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchaccel.__main__ import main
-from torchaccel.cache import Cache
+from torchaccel.cache.store import Cache
 from torchaccel.environment import Problem, environment
 
 

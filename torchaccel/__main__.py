@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torchaccel.cache import Cache, cache_folder, limit_bytes
+from torchaccel.cache.store import Cache, cache_folder, limit_bytes
 from torchaccel.environment import environment
 
 if TYPE_CHECKING:

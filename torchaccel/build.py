@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from torchaccel.backends.base import Backend, Engine, Plan
-from torchaccel.cache import Cache
+from torchaccel.cache.plans import serve
+from torchaccel.cache.store import Cache
 from torchaccel.capture import Program, capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
@@ -20,7 +21,6 @@ from torchaccel.gate import Reference, compare_outputs, reference, reproduced, r
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
-from torchaccel.plans import serve
 from torchaccel.precision import PRECISIONS
 from torchaccel.report import EngineRecord
 from torchaccel.runner import Pool, Runner

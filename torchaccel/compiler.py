@@ -17,7 +17,7 @@ from torchaccel.backends.inductor import Inductor
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
-from torchaccel.cache import open_cache
+from torchaccel.cache.store import open_cache
 from torchaccel.compiled import ITS_OWN, CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
 from torchaccel.forking import refuse_forked_cuda

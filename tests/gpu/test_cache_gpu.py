@@ -13,7 +13,7 @@ import torch
 import torchaccel
 from tests.gpu.helpers import TENSORRT, need, relative_error
 from tests.models import small_conv_net
-from torchaccel.cache import Cache
+from torchaccel.cache.store import Cache
 from torchaccel.errors import CacheWarning
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchaccel.canonical import canonical
+from torchaccel.cache.canonical import canonical
 
 
 class Notes:

@@ -9,15 +9,15 @@ import torch
 
 from tests.helpers import images, on_cpu, relative_error
 from tests.models import small_conv_net
-from torchaccel import choices
 from torchaccel.__main__ import main
 from torchaccel.backends import fused
 from torchaccel.backends.fused import Fused
-from torchaccel.cache import Cache
+from torchaccel.cache import choices
+from torchaccel.cache.program_key import NoKeyError
+from torchaccel.cache.store import Cache
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import AccuracyError, CacheWarning, DeviceMemoryError
 from torchaccel.fused import choice
-from torchaccel.program_key import NoKeyError
 
 
 class Machine:

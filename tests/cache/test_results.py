@@ -17,8 +17,9 @@ from torch import nn
 from tests.helpers import images, on_cpu, relative_error
 from tests.models import small_conv_net
 from tests.test_race import Absent, Changed, Failing, slower
-from torchaccel import build, compiler, compilers, results
-from torchaccel.cache import Cache
+from torchaccel import build, compiler
+from torchaccel.cache import compilers, results
+from torchaccel.cache.store import Cache
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BuildError, CacheWarning, DeviceMemoryError
 from torchaccel.timing import compare
@@ -27,7 +28,7 @@ PROCESS = """
 import json, sys, torch, torchaccel
 from torch._dynamo.utils import counters
 from tests.test_race import Changed, slower
-from tests.test_results import hurry
+from tests.cache.test_results import hurry
 from torchaccel import compiler
 hurry()
 slow = Changed("slow", slower(20))

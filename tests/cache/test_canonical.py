@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchaccel.canonical import canonical, key_digest
+from torchaccel.cache.canonical import canonical, key_digest
 
 PLAIN = st.recursive(
     st.none()
@@ -76,7 +76,10 @@ def test_what_is_not_plain_is_refused(value: Any) -> None:
 
 
 def test_another_process_finds_the_same_digest() -> None:
-    code = "from torchaccel.canonical import key_digest; print(key_digest({'b': (1.5, b'x'), 'a': [None, {3: True}]}))"
+    code = (
+        "from torchaccel.cache.canonical import key_digest; "
+        "print(key_digest({'b': (1.5, b'x'), 'a': [None, {3: True}]}))"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == key_digest({"a": [None, {3: True}], "b": (1.5, b"x")})

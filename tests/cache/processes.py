@@ -13,10 +13,10 @@ from typing import Any
 
 if __name__ == "__main__":  # the cache needs nothing but Python
     package = types.ModuleType("torchaccel")
-    package.__path__ = [str(Path(__file__).parent.parent / "torchaccel")]
+    package.__path__ = [str(Path(__file__).parents[2] / "torchaccel")]
     sys.modules["torchaccel"] = package
 
-from torchaccel.cache import Cache
+from torchaccel.cache.store import Cache
 
 KEY = {"kind": "plan", "graph": "of the test"}
 LIMIT = 1 << 30

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tests.helpers import on_cpu
-from torchaccel import compilers
 from torchaccel.__main__ import main
-from torchaccel.cache import Cache
+from torchaccel.cache import compilers
+from torchaccel.cache.store import Cache
 from torchaccel.compiler import BACKENDS
 from torchaccel.errors import CacheWarning
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from tests.helpers import Lambda, captured
 from tests.models import small_conv_net
-from torchaccel.canonical import key_digest
+from torchaccel.cache.canonical import key_digest
+from torchaccel.cache.program_key import NoKeyError, content, program_key
 from torchaccel.capture import Program
-from torchaccel.program_key import NoKeyError, content, program_key
 from torchaccel.weights import WeightStore
 
 
@@ -121,9 +121,9 @@ def test_new_running_statistics_are_other_weights() -> None:
 
 
 def test_another_process_finds_the_same_keys() -> None:
-    code = "from tests.test_program_key import of_a_net; print(of_a_net(None)); print(of_a_net((1, 2, 4)))"
+    code = "from tests.cache.test_program_key import of_a_net; print(of_a_net(None)); print(of_a_net((1, 2, 4)))"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [of_a_net(None), of_a_net((1, 2, 4))], done.stderr

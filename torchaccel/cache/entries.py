@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchaccel.canonical import SCHEMA, digest, dump, plain
+from torchaccel.cache.canonical import SCHEMA, digest, dump, plain
 
 MAX_MANIFEST_BYTES = 64 << 20
 

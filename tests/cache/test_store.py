@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from tests.cache_processes import KEY, LIMIT, payload
-from torchaccel import cache as module
-from torchaccel.cache import Cache, cache_folder, limit_bytes, open_cache
-from torchaccel.canonical import canonical
-from torchaccel.entries import head
+from tests.cache.processes import KEY, LIMIT, payload
+from torchaccel.cache import store as module
+from torchaccel.cache.canonical import canonical
+from torchaccel.cache.entries import head
+from torchaccel.cache.store import Cache, cache_folder, limit_bytes, open_cache
 from torchaccel.errors import CacheWarning, OptionError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_only_its_owner_may_read_what_is_kept(cache: Cache) -> None:
 
 
 def test_nothing_in_it_is_unpickled() -> None:
-    names = ("cache", "canonical", "entries", "locks")
+    names = ("cache/store", "cache/canonical", "cache/entries", "locks")
     text = "".join((ROOT / "torchaccel" / f"{name}.py").read_text() for name in names)
     assert not [line for line in text.splitlines() if "import" in line and ("pickle" in line or "torch " in line)]
     assert "torch.load" not in text
@@ -93,7 +93,7 @@ def in_memory() -> Iterator[Cache]:
 
 
 def in_a_process(*arguments: object) -> None:
-    command = [sys.executable, "-m", "tests.cache_processes", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.cache.processes", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -222,7 +222,7 @@ def test_an_entry_under_the_name_of_another_is_noticed(cache: Cache) -> None:
 
 
 def test_a_hash_that_is_the_same_is_not_enough(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torchaccel.cache.key_digest", "torchaccel.entries.digest"):
+    for name in ("torchaccel.cache.store.key_digest", "torchaccel.cache.entries.digest"):
         monkeypatch.setattr(name, lambda _: "0" * 64)
     cache.put(key(1), payload(1), {})
     with pytest.warns(CacheWarning, match="another key"):

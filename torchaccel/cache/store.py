@@ -16,9 +16,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torchaccel import compilers
-from torchaccel.canonical import canonical, key_digest
-from torchaccel.entries import DamagedError, Entry, head, listed, problem, read
+from torchaccel.cache import compilers
+from torchaccel.cache.canonical import canonical, key_digest
+from torchaccel.cache.entries import DamagedError, Entry, head, listed, problem, read
 from torchaccel.errors import CacheWarning, OptionError
 from torchaccel.locks import hold
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchaccel import trt
-from torchaccel.cache import Cache
+from torchaccel.cache.store import Cache
 from torchaccel.environment import driver_version
 from torchaccel.errors import CacheWarning
 from torchaccel.provenance import describe_gpu

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from tests.models import small_conv_net
-from torchaccel import plans, trt
+from torchaccel import trt
 from torchaccel.backends.base import Plan
 from torchaccel.backends.eager import Eager
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
-from torchaccel.cache import Cache
-from torchaccel.canonical import key_digest
+from torchaccel.cache import plans
+from torchaccel.cache.canonical import key_digest
+from torchaccel.cache.plans import Found, plan_for, plan_key
+from torchaccel.cache.store import Cache
 from torchaccel.capture import Program, capture, engine_input
 from torchaccel.errors import CacheWarning
 from torchaccel.options import Options
-from torchaccel.plans import Found, plan_for, plan_key
 from torchaccel.precision import PRECISIONS
 from torchaccel.signature import read_call
 from torchaccel.weights import WeightStore

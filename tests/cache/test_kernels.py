@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from tests.helpers import captured
-from torchaccel import kernels, trt
+from torchaccel import trt
 from torchaccel.backends import torch_tensorrt
 from torchaccel.backends.base import Plan
 from torchaccel.backends.eager import Eager
-from torchaccel.cache import Cache
+from torchaccel.cache import kernels
+from torchaccel.cache.plans import plan_for
+from torchaccel.cache.store import Cache
 from torchaccel.capture import quiet
 from torchaccel.errors import CacheWarning
 from torchaccel.options import Options
-from torchaccel.plans import plan_for
 from torchaccel.weights import WeightStore
 
 GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)

@@ -1,0 +1,1 @@
+"""What is kept on disk between processes; `store` has the folder and its entries."""
