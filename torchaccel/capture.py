@@ -289,7 +289,7 @@ def _export(
 
     try:
         # One thread at a time, and none while Dynamo compiles: both keep state that the process shares.
-        with quiet("torch.fx.experimental.symbolic_shapes", "torch.export"), compile_lock:
+        with quiet("torch.fx.experimental.symbolic_shapes", "torch.export"), compile_lock, _without_stack_traces():
             return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
     except TorchAccelError:
         raise
@@ -298,6 +298,23 @@ def _export(
         raise BuildError(
             f"torch.export could not capture {type(flat.module).__name__} {what}{flat.found.failure or explain(error)}"
         ) from error
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Spare each node of a graph the text of the lines that made it, a tenth of an export, which nothing here reads.
+
+    PyTorch 2.11 has no such setting, and writes them.
+    """
+    config: Any = torch.fx.config
+    if not hasattr(config, "do_not_emit_stack_traces"):
+        yield
+        return
+    before, config.do_not_emit_stack_traces = config.do_not_emit_stack_traces, True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
 
 
 def _held(exported: ExportedProgram, name: str) -> dict[str, Any]:
