@@ -18,9 +18,9 @@ from torch.utils import _pytree
 
 from benchmarks.candidates import Candidate, named, noting, quick_ms, refusal
 from torchaccel import trt
-from torchaccel.capture import quiet
 from torchaccel.memory import release
 from torchaccel.precision import PRECISIONS, tf32_state
+from torchaccel.quiet import quiet
 
 NAMES = {
     "eager": "eager",

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import torchaccel
-from torchaccel.capture import Program, capture
+from torchaccel.capture import capture
 from torchaccel.compiled import CompiledModule
 from torchaccel.compiler import BACKENDS
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import Program
 from torchaccel.signature import flatten, read_call
 from torchaccel.weights import WeightRule, module_tensors
 

@@ -12,10 +12,10 @@ from tests.models import small_conv_net
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan
 from torchaccel.backends.eager import Eager
 from torchaccel.build import Builder, Built, describe
-from torchaccel.capture import Program
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.options import Options
 from torchaccel.precision import Precision
+from torchaccel.program import Program
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import read_call
 from torchaccel.weights import WeightStore

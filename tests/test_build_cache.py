@@ -14,10 +14,10 @@ from tests.helpers import on_cpu
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan
 from torchaccel.cache import plans
 from torchaccel.cache.store import Cache
-from torchaccel.capture import Program
 from torchaccel.compiler import BACKENDS
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning
 from torchaccel.precision import Precision
+from torchaccel.program import Program
 
 X = torch.tensor([1.0, -2.0])
 

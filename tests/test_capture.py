@@ -12,9 +12,10 @@ from torch import nn
 
 from tests.helpers import Lambda, captured, relative_error, same_values, state_of
 from tests.models import small_conv_net
-from torchaccel.capture import batch_size, batched_inputs, capture, count_operators, engine_input, resize_batch
+from torchaccel.capture import batch_size, batched_inputs, capture, engine_input, resize_batch
 from torchaccel.errors import BuildError, InputError
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import count_operators
 from torchaccel.signature import read_call
 from torchaccel.weights import WeightStore
 

@@ -164,7 +164,7 @@ def test_tf32_is_restored_whenever_the_interrupt_comes() -> None:
             with tf32_state(True), tf32_state(False):
                 pass
 
-    for moment in moments(work, 20):
+    for moment in moments(work, 30):
         stopped += interrupted(work, moment)
         assert process_state() == before
     assert stopped > 10

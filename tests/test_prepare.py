@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from tests.helpers import Lambda, captured, on_cpu, relative_error, same_values, settled, state_of
 from tests.models import small_conv_net
-from torchaccel.capture import Program
 from torchaccel.errors import BuildError
 from torchaccel.prepare import decompose_hardswish, prepare, widen_depthwise
+from torchaccel.program import Program
 from torchaccel.weights import WeightStore
 
 # --- the copy ---

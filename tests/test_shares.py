@@ -11,8 +11,8 @@ from tests.helpers import Lambda, captured
 from tests.test_build import build
 from torchaccel.backends.base import Engine, NativeEngine, Plan
 from torchaccel.backends.eager import Eager
-from torchaccel.capture import Program
 from torchaccel.precision import Precision
+from torchaccel.program import Program
 from torchaccel.report import Coverage
 from torchaccel.shares import INSIDE, time_shares
 

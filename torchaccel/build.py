@@ -14,7 +14,7 @@ from torch import nn
 from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.cache.plans import serve
 from torchaccel.cache.store import Cache
-from torchaccel.capture import Program, capture, engine_input, resize_batch
+from torchaccel.capture import capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
 from torchaccel.gate import Reference, compare_outputs, reference, reproduced, require, run_module
@@ -22,6 +22,7 @@ from torchaccel.interrupts import interruption_point
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import Program
 from torchaccel.report import EngineRecord
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call, OutputSpec, flatten

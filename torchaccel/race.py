@@ -17,10 +17,10 @@ from torchaccel.build import Builder, Built, Captured, describe
 from torchaccel.cache.program_key import NoKeyError
 from torchaccel.cache.results import race_key, remember, remembered
 from torchaccel.cache.store import Cache
-from torchaccel.capture import Program
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning, DeviceMemoryError, MeasurementWarning
 from torchaccel.memory import release
 from torchaccel.options import RACE_BUDGET_S
+from torchaccel.program import Program
 from torchaccel.report import RaceEntry, RaceRecord
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call

@@ -14,11 +14,11 @@ from torch import nn
 import torchaccel
 from tests.helpers import captured, relative_error, settled, without_compiler
 from torchaccel.backends.base import Engine, Plan, native_honours
-from torchaccel.capture import Program
 from torchaccel.compiler import AUTO, BACKENDS
 from torchaccel.errors import BuildError
 from torchaccel.options import BACKENDS as BACKEND_NAMES
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import Program
 from torchaccel.weights import WeightStore
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -18,9 +18,9 @@ from torchaccel import trt
 from torchaccel.backends import onnx_tensorrt
 from torchaccel.backends.base import Plan
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT, export, save
-from torchaccel.capture import Program
 from torchaccel.errors import BuildError
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import Program
 from torchaccel.weights import WeightStore
 
 BACKEND = OnnxTensorRT()

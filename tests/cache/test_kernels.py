@@ -15,9 +15,9 @@ from torchaccel.backends.eager import Eager
 from torchaccel.cache import kernels
 from torchaccel.cache.plans import plan_for
 from torchaccel.cache.store import Cache
-from torchaccel.capture import quiet
 from torchaccel.errors import CacheWarning
 from torchaccel.options import Options
+from torchaccel.quiet import quiet
 from torchaccel.weights import WeightStore
 
 GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)

@@ -17,10 +17,11 @@ from torchaccel.cache import plans
 from torchaccel.cache.canonical import key_digest
 from torchaccel.cache.plans import Found, plan_for, plan_key
 from torchaccel.cache.store import Cache
-from torchaccel.capture import Program, capture, engine_input
+from torchaccel.capture import capture, engine_input
 from torchaccel.errors import CacheWarning
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import Program
 from torchaccel.signature import read_call
 from torchaccel.weights import WeightStore
 

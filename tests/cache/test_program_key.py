@@ -16,7 +16,7 @@ from tests.helpers import Lambda, captured
 from tests.models import small_conv_net
 from torchaccel.cache.canonical import key_digest
 from torchaccel.cache.program_key import NoKeyError, content, program_key
-from torchaccel.capture import Program
+from torchaccel.program import Program
 from torchaccel.weights import WeightStore
 
 

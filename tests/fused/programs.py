@@ -8,9 +8,9 @@ from torch import nn
 
 from tests.helpers import captured, relative_error
 from torchaccel.backends.fused import Fused
-from torchaccel.capture import Program
 from torchaccel.fused.passes import PASSES, rewrite
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import Program
 from torchaccel.weights import WeightStore
 
 CPU = torch.device("cpu")

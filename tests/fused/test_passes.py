@@ -12,9 +12,9 @@ from tests.fused.programs import CPU, FP32, check, lowered, operators
 from tests.helpers import Lambda, relative_error, settled
 from torchaccel.backends.fused import Fused
 from torchaccel.backends.inductor import Inductor
-from torchaccel.capture import Program
 from torchaccel.fused import cudnn_plans
 from torchaccel.fused.passes import PASSES
+from torchaccel.program import Program
 from torchaccel.weights import WeightStore
 
 

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from tests.fused.programs import check, lowered, operators
 from tests.helpers import Lambda, captured
-from torchaccel.capture import Program
 from torchaccel.fused import cudnn_plans, transformers
 from torchaccel.fused.passes import rewrite
+from torchaccel.program import Program
 
 attend = functional.scaled_dot_product_attention
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from torchaccel import trt
-from torchaccel.capture import Program
 from torchaccel.environment import device_problem
 from torchaccel.interrupts import uninterrupted
 from torchaccel.precision import Precision, tf32_state
+from torchaccel.program import Program
 from torchaccel.report import Coverage
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
-from torchaccel.capture import Program
+from torchaccel.program import Program
 
 
 class Eager(NativeBackend):

@@ -3,9 +3,10 @@
 import torch
 
 from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
-from torchaccel.capture import Program, quiet
 from torchaccel.environment import c_compiler, cxx_compiler, gpus, import_problem
 from torchaccel.errors import BuildError
+from torchaccel.program import Program
+from torchaccel.quiet import quiet
 
 
 class Inductor(NativeBackend):

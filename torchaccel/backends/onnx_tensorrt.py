@@ -8,10 +8,11 @@ import torch
 
 from torchaccel import trt
 from torchaccel.backends.base import Backend, Plan, TensorRTBacked, tensorrt_honours
-from torchaccel.capture import Program, quiet
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 from torchaccel.prepare import decompose_hardswish, widen_depthwise
+from torchaccel.program import Program
+from torchaccel.quiet import quiet
 from torchaccel.report import Coverage
 
 # Constants that shapes and axes are computed from are folded up to this size.

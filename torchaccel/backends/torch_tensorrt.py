@@ -29,11 +29,12 @@ from torchaccel.backends.base import (
     keep_apart,
     tensorrt_honours,
 )
-from torchaccel.capture import Program, count_operators, drop_weights, put_weight, quiet
 from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 from torchaccel.prepare import decompose_hardswish, widen_depthwise
+from torchaccel.program import Program, count_operators, drop_weights, put_weight
+from torchaccel.quiet import quiet
 from torchaccel.report import Coverage
 from torchaccel.shares import INSIDE, time_shares
 

@@ -15,13 +15,13 @@ from torchaccel.cache import choices, kernels
 from torchaccel.cache.entries import Entry
 from torchaccel.cache.program_key import NoKeyError, program_key
 from torchaccel.cache.store import Cache
-from torchaccel.capture import Program
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning
 from torchaccel.fused.notes import Notes
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import is_out_of_memory
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
+from torchaccel.program import Program
 from torchaccel.provenance import describe_gpu, versions
 from torchaccel.report import Coverage, EngineRecord
 

@@ -13,8 +13,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, SymIntArgument, TensorArgument
 
-from torchaccel.capture import Program
 from torchaccel.prepare import WEIGHT_KINDS
+from torchaccel.program import Program
 
 # Operators whose meaning follows from the versions of PyTorch and torchvision, and from our own code.
 NAMESPACES = ("aten", "prims", "torchvision", "torchaccel")

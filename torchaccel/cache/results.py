@@ -8,9 +8,9 @@ import torch
 from torchaccel.backends.base import Backend
 from torchaccel.cache.program_key import program_key
 from torchaccel.cache.store import Cache
-from torchaccel.capture import Program
 from torchaccel.environment import distribution_version
 from torchaccel.options import RACE_BUDGET_S, Options
+from torchaccel.program import Program
 from torchaccel.provenance import describe_device, versions
 from torchaccel.report import RaceEntry, RaceRecord
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from torchaccel.capture import Program
 from torchaccel.fused import cudnn_plans
 from torchaccel.fused.graph import (
     arguments,
@@ -24,6 +23,7 @@ from torchaccel.fused.graph import (
     weights,
     written_between,
 )
+from torchaccel.program import Program
 from torchaccel.weights import WeightRule
 
 _conv_bias_act = torch.ops.torchaccel.conv_bias_act.default

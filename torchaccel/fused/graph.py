@@ -8,9 +8,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torchaccel.capture import Program
 from torchaccel.fused import operators  # noqa: F401 - importing it is what makes them
 from torchaccel.prepare import drop_unused_weights, weight_nodes
+from torchaccel.program import Program
 
 aten = torch.ops.aten
 

@@ -7,7 +7,6 @@ exact up to the rounding of one operator, and can be left out: `rewrite(program,
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchaccel.capture import Program
 from torchaccel.fused.convolutions import (
     fuse_convolutions,
     lay_out_depthwise,
@@ -38,6 +37,7 @@ from torchaccel.fused.transformers import (
     merge_linears,
     skip_copies,
 )
+from torchaccel.program import Program
 
 Pass = Callable[[Program], int]
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from torchaccel.capture import Program
 from torchaccel.fused import cudnn_plans
 from torchaccel.fused.convolutions import activation_of
 from torchaccel.fused.graph import (
@@ -25,6 +24,7 @@ from torchaccel.fused.graph import (
     written_between,
 )
 from torchaccel.fused.views import origin, readers, rows_in_memory, without_copies
+from torchaccel.program import Program
 from torchaccel.weights import WeightRule
 
 _ATTENTION = aten.scaled_dot_product_attention.default
