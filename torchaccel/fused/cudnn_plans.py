@@ -17,6 +17,7 @@ from torchaccel.environment import import_problem
 from torchaccel.fused.choice import graph_ms
 from torchaccel.fused.cudnn_graphs import ACTIVATIONS, BIAS, DTYPES, RESIDUAL, WEIGHT, Problem, X, Y, operations
 from torchaccel.fused.notes import note, recall
+from torchaccel.fused.tensors import aligned
 from torchaccel.memory import is_out_of_memory
 
 MAX_WORKSPACE_BYTES = 256 << 20
@@ -59,7 +60,7 @@ class Plan:
         y = torch.empty(self._problem.y, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=x.device)
         given = {X: x, WEIGHT: weight, BIAS: bias, RESIDUAL: residual, Y: y}
-        tensors = {uid: _aligned(tensor) for uid, tensor in given.items() if tensor is not None}
+        tensors = {uid: aligned(tensor) for uid, tensor in given.items() if tensor is not None}
         pointers = {uid: tensor.data_ptr() for uid, tensor in tensors.items()}
         with _lock:
             handle = _handle(x.device)
@@ -212,11 +213,6 @@ def _handle(device: torch.device) -> int:
             handle = _handles[device] = cudnn.create_handle()
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
     return handle
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """cuDNN is told of 16 bytes; a view can begin anywhere."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.preserve_format)
 
 
 def _one_run_ms(run: Callable[[], object], device: torch.device) -> float:

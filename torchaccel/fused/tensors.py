@@ -25,3 +25,8 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 def empty(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """A channels-last tensor of another shape, on the device and of the dtype of `x`."""
     return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at a multiple of 16 bytes, which kernels are told of; a view can begin anywhere."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.preserve_format)

@@ -28,7 +28,6 @@ class View:
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        self._base = tuple(sizes)
         self._fixed: list[_Factor] = []
         self._dims = [[_Factor(dim, size, 1)] if size != 1 else [] for dim, size in enumerate(sizes)]
 
