@@ -16,7 +16,7 @@ from torchaccel.compiler import BACKENDS
 from torchaccel.precision import PRECISIONS
 from torchaccel.program import Program
 from torchaccel.signature import flatten, read_call
-from torchaccel.weights import WeightRule, module_tensors
+from torchaccel.weights import WeightRule, WeightStore, module_tensors
 
 
 def on_cpu(module: nn.Module, precision: str = "fp32", backend: str = "eager", **options: Any) -> CompiledModule:
@@ -28,6 +28,14 @@ def captured(module: nn.Module, *args: Any, precision: str = "fp32", **options: 
     """The program of a module for a call with `args`."""
     call = read_call(args, {})
     return capture(module, call, call.tensors, PRECISIONS[precision], **options)
+
+
+def run_program(program: Program, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The only output of a program on the module's weights."""
+    program.take_weights(WeightStore(), module)
+    with torch.no_grad():
+        (result,) = program.exported.module(check_guards=False)(x)
+    return result
 
 
 def relative_error(y: torch.Tensor, r: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The prepared copy, the folding of BatchNorm in the captured program, and what is decomposed."""
+"""The prepared copy, and the folding of BatchNorm in the captured program."""
 
 import threading
 from collections.abc import Callable
@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.helpers import Lambda, captured, on_cpu, relative_error, same_values, settled, state_of
+from tests.helpers import Lambda, captured, on_cpu, relative_error, run_program, same_values, settled, state_of
 from tests.models import small_conv_net
 from torchaccel.errors import BuildError
-from torchaccel.prepare import decompose_hardswish, prepare, widen_depthwise
-from torchaccel.program import Program
+from torchaccel.prepare import prepare
 from torchaccel.weights import WeightStore
 
 # --- the copy ---
@@ -257,13 +256,6 @@ FOLDING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }  # fmt: skip
 
 
-def run(program: Program, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    program.take_weights(WeightStore(), module)
-    with torch.no_grad():
-        (result,) = program.exported.module(check_guards=False)(x)
-    return result
-
-
 def folding(name: str) -> tuple[nn.Module, torch.Tensor, int | None]:
     torch.manual_seed(0)
     make, shape, folded = FOLDING[name]
@@ -276,7 +268,7 @@ def test_folding_is_exact_up_to_rounding_and_happens_where_it_may(name: str) -> 
     with torch.no_grad():
         expected = module(x)
     program = captured(module, x)
-    assert relative_error(run(program, module, x), expected) < 2e-6
+    assert relative_error(run_program(program, module, x), expected) < 2e-6
     if folded is not None:
         assert program.folded == folded
 
@@ -317,7 +309,7 @@ def test_half_precision_folds_in_fp32_before_it_rounds() -> None:
     program = captured(module, x, precision="fp16")
     assert program.folded == 1
     with torch.no_grad():
-        assert relative_error(run(program, module, x.half()), module(x)) < 1e-3
+        assert relative_error(run_program(program, module, x.half()), module(x)) < 1e-3
 
 
 def test_a_border_of_precision_between_convolution_and_batch_norm_is_not_folded_away() -> None:
@@ -328,73 +320,4 @@ def test_a_border_of_precision_between_convolution_and_batch_norm_is_not_folded_
         program = captured(module, x, precision="bf16", keep_fp32=[kept])
         assert program.folded == 0
         with torch.no_grad():
-            assert relative_error(run(program, module, x.bfloat16()), module(x)) < 2e-2
-
-
-# --- what an engine cannot take ---
-
-
-def hardswish(in_place: bool, view: bool) -> nn.Module:
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        y = x * 1.0
-        alias = y.view(-1)
-        z = F.hardswish(y, inplace=in_place)
-        return z + alias if view else z
-
-    return Lambda(forward)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("view", [False, True], ids=["", "a view"])
-def test_hardswish_is_decomposed_in_bfloat16_alone_and_stays_what_it_was(
-    precision: str, in_place: bool, view: bool
-) -> None:
-    x = torch.linspace(-5, 5, 101)
-    module = hardswish(in_place, view)
-    program = captured(module, x, precision=precision)
-    decompose_hardswish(program.exported)
-    left = [node for node in program.exported.graph.nodes if "hardswish" in str(node.target)]
-    if precision == "fp16":
-        assert left
-    elif not in_place:
-        assert not left
-    with torch.no_grad():
-        assert relative_error(run(program, module, x.to(program.inputs[0].dtype)), module(x)) < 1e-2
-
-
-def test_depthwise_convolutions_in_bfloat16_can_be_computed_in_fp32_on_weights_that_are_not_rounded() -> None:
-    torch.manual_seed(0)
-    depthwise, full, grouped = conv(groups=4, padding=1), conv(in_channels=8), conv(in_channels=8, groups=2)
-    module = settled(nn.Sequential(depthwise, norm2d(8), nn.ReLU(), full, grouped))
-    x = torch.randn(SHAPE)
-    program = captured(module, x, precision="bf16")
-    widen_depthwise(program.exported, program.rules)
-    result = run(program, module, x.bfloat16())
-    assert result.dtype is torch.bfloat16
-    with torch.no_grad():
-        assert relative_error(result, module(x)) < 1e-2
-    dtypes = {name.removeprefix("module."): tensor.dtype for name, tensor in program.exported.state_dict.items()}
-    assert dtypes["0.weight"] is torch.float32
-    assert {dtypes[name] for name in ("3.weight", "3.bias", "4.weight", "4.bias")} == {torch.bfloat16}
-    for node in program.exported.graph.nodes:
-        if "conv2d" in str(node.target):
-            assert len({argument.meta["val"].dtype for argument in node.args[:3]}) == 1
-    scale = (module[1].weight.double() / (module[1].running_var.double() + module[1].eps).sqrt()).reshape(-1, 1, 1, 1)
-    exact = module[0].weight.double() * scale
-    assert relative_error(program.exported.state_dict["module.0.weight"], exact) < 1e-7
-
-
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_depthwise_convolutions_of_other_precisions_stay_as_they_are(precision: str) -> None:
-    program = captured(nn.Sequential(conv(groups=4)), torch.randn(SHAPE), precision=precision)
-    before = str(program.exported.graph)
-    widen_depthwise(program.exported, program.rules)
-    assert str(program.exported.graph) == before
-
-
-def test_a_depthwise_weight_that_two_convolutions_share_stays_as_it_is() -> None:
-    module = Lambda(lambda self, x: self.conv(self.conv(x)), conv=nn.Conv2d(4, 4, 3, groups=4))
-    program = captured(module, torch.randn(SHAPE), precision="bf16")
-    widen_depthwise(program.exported, program.rules)
-    assert {rule.dtype for rule in program.rules.values()} == {torch.bfloat16}
+            assert relative_error(run_program(program, module, x.bfloat16()), module(x)) < 2e-2

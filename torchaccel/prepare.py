@@ -1,4 +1,4 @@
-"""From the caller's module to something an engine can be built from: copy and cast, then fold and decompose.
+"""From the caller's module to something an engine can be built from: copy and cast, then fold.
 
 The copy is cast before it is captured, so the program says in each operator what it computes in: that is how engines
 of strongly typed TensorRT get their precision. BatchNorm is folded in the captured program rather than in the module,
@@ -7,7 +7,6 @@ since only the data flow tells which convolution feeds it; networks in functiona
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torchaccel.weights import WeightRule, module_tensors
 
 aten = torch.ops.aten
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER)
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 def prepare(module: nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()) -> nn.Module:
@@ -111,7 +110,7 @@ def fold_batch_norm(program: ExportedProgram, rules: dict[str, WeightRule]) -> i
 def _fold(graph: fx.Graph, norm: fx.Node, targets: dict[fx.Node, str], rules: dict[str, WeightRule]) -> bool:
     arguments: list[Any] = list(norm.args)
     conv, gamma, beta, mean, variance, _, _, epsilon = arguments[:8]
-    if conv.target not in _CONVOLUTIONS or conv.kwargs or len(conv.users) != 1:
+    if conv.target not in CONVOLUTIONS or conv.kwargs or len(conv.users) != 1:
         return False
     weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
     vectors = [node for node in (bias, beta, mean, gamma, variance) if node is not None]
@@ -161,64 +160,3 @@ def drop_dead_casts(program: ExportedProgram) -> None:
         if is_dead or node.target is aten._assert_tensor_metadata.default:
             program.graph.erase_node(node)
     program.graph_module.recompile()
-
-
-def decompose_hardswish(program: ExportedProgram) -> None:
-    """Write x·clamp(x+3, 0, 6)/6 for HardSwish in bfloat16.
-
-    TensorRT's ONNX parser refuses it, and what Torch-TensorRT makes of it gives NaN on TensorRT-RTX 1.4 (measured).
-    """
-    graph = program.graph
-    for node in list(graph.nodes):
-        if node.target not in (aten.hardswish.default, aten.hardswish_.default):
-            continue
-        x: Any = node.args[0]
-        in_place_seen = node.target is aten.hardswish_.default and len(x.users) > 1
-        if node.meta["val"].dtype is not torch.bfloat16 or in_place_seen:
-            continue
-        with graph.inserting_before(node):
-            shifted = graph.call_function(aten.add.Tensor, (x, 3.0))
-            clamped = graph.call_function(aten.clamp.default, (shifted, 0.0, 6.0))
-            product = graph.call_function(aten.mul.Tensor, (x, clamped))
-            result = graph.call_function(aten.div.Tensor, (product, 6.0))
-        for step in (shifted, clamped, product, result):
-            step.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-    program.graph_module.recompile()
-
-
-def widen_depthwise(program: ExportedProgram, rules: dict[str, WeightRule]) -> None:
-    """Compute depthwise convolutions of a bfloat16 program in float32; their inputs and results stay bfloat16.
-
-    TensorRT-RTX 1.4 builds them in bfloat16 and then cannot compile their kernels on the GPU (measured on Hopper).
-    They are bound by memory, and their weights, which are few, are not rounded then.
-    """
-    weights = {node: str(spec.target) for spec, node in weight_nodes(program)}
-    for conv in [node for node in program.graph.nodes if node.target in _CONVOLUTIONS]:
-        parameters: list[Any] = [node for node in conv.args[1:3] if node is not None]
-        groups = conv.args[6] if len(conv.args) > 6 else 1
-        if groups == 1 or parameters[0].meta["val"].shape[1] != 1 or conv.meta["val"].dtype is not torch.bfloat16:
-            continue
-        if any(node not in weights or len(node.users) > 1 for node in parameters):
-            continue
-        for node in parameters:
-            rules[weights[node]] = replace(rules[weights[node]], dtype=torch.float32)
-            node.meta["val"] = node.meta["val"].float()
-        _cast_around(program.graph, conv, torch.float32)
-    program.graph_module.recompile()
-
-
-def _cast_around(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
-    """Cast the first argument of a node to `dtype`, and its result back."""
-    x: Any = node.args[0]
-    value = node.meta["val"]
-    with graph.inserting_before(node):
-        wide = graph.call_function(aten.to.dtype, (x, dtype))
-    wide.meta = {**x.meta, "val": x.meta["val"].to(dtype)}
-    node.args = (wide, *node.args[1:])
-    with graph.inserting_after(node):
-        narrow = graph.call_function(aten.to.dtype, (node, value.dtype))
-    narrow.meta = dict(node.meta)
-    node.meta = {**node.meta, "val": value.to(dtype)}
-    node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)

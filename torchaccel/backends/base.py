@@ -11,6 +11,7 @@ import torch
 from torchaccel import trt
 from torchaccel.environment import device_problem
 from torchaccel.interrupts import uninterrupted
+from torchaccel.lowering import decompose_hardswish, space_to_depth, widen_depthwise
 from torchaccel.precision import Precision, tf32_state
 from torchaccel.program import Program
 from torchaccel.report import Coverage
@@ -198,8 +199,19 @@ def flavour_honours(flavour: str, precision: Precision) -> str | None:
     return None
 
 
-class TensorRTBacked:
-    """What the TensorRT backends share: a plan that is one serialised engine, and how it is loaded."""
+class TensorRTBacked(Backend):
+    """What the TensorRT backends share: what they rewrite, a plan that is one serialised engine, how it is loaded."""
+
+    @abstractmethod
+    def tensorrt(self) -> trt.TensorRT:
+        """The TensorRT that builds its plans."""
+
+    def lower(self, program: Program) -> None:
+        """Write out what TensorRT, or TensorRT-RTX, cannot take or takes slowly."""
+        decompose_hardswish(program.exported)
+        if self.tensorrt().is_rtx:
+            widen_depthwise(program.exported, program.rules)
+            space_to_depth(program.exported)
 
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """The engine on `device`, with a context of its own."""

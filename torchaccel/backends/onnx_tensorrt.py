@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from torchaccel import trt
-from torchaccel.backends.base import Backend, Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.backends.base import Plan, TensorRTBacked, tensorrt_honours
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
-from torchaccel.prepare import decompose_hardswish, widen_depthwise
 from torchaccel.program import Program
 from torchaccel.quiet import quiet
 from torchaccel.report import Coverage
@@ -19,7 +18,7 @@ from torchaccel.report import Coverage
 FOLDED_INPUT_BYTES, FOLDED_OUTPUT_BYTES = 1024, 1 << 16
 
 
-class OnnxTensorRT(TensorRTBacked, Backend):
+class OnnxTensorRT(TensorRTBacked):
     """TensorRT through an ONNX file, all of the module in one engine."""
 
     name = "onnx_tensorrt"
@@ -31,12 +30,6 @@ class OnnxTensorRT(TensorRTBacked, Backend):
     def honours(self, precision: Precision, device: torch.device) -> str | None:
         """What the GPU and this TensorRT honour."""
         return tensorrt_honours(trt.load().flavour, precision, device)
-
-    def lower(self, program: Program) -> None:
-        """Write out what TensorRT, or this one, cannot take."""
-        decompose_hardswish(program.exported)
-        if trt.load().is_rtx:
-            widen_depthwise(program.exported, program.rules)
 
     def library(self) -> str:
         """The TensorRT whose parser it is."""

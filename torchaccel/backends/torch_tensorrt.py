@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from torchaccel import trt
 from torchaccel.backends.base import (
-    Backend,
     Engine,
     NativeEngine,
     Plan,
@@ -32,7 +31,6 @@ from torchaccel.backends.base import (
 from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
-from torchaccel.prepare import decompose_hardswish, widen_depthwise
 from torchaccel.program import Program, count_operators, drop_weights, put_weight
 from torchaccel.quiet import quiet
 from torchaccel.report import Coverage
@@ -43,7 +41,7 @@ LOGGERS = ("torch_tensorrt", "torch_tensorrt [TensorRT Conversion Context]")
 ENGINE = "_run_on_acc"  # how Torch-TensorRT names the parts that become engines
 
 
-class TorchTensorRT(TensorRTBacked, Backend):
+class TorchTensorRT(TensorRTBacked):
     """Torch-TensorRT, on TensorRT proper or TensorRT-RTX, whichever it was built with."""
 
     name = "torch_tensorrt"
@@ -55,12 +53,6 @@ class TorchTensorRT(TensorRTBacked, Backend):
     def honours(self, precision: Precision, device: torch.device) -> str | None:
         """What the GPU and the TensorRT beneath honour."""
         return tensorrt_honours(_flavour(), precision, device)
-
-    def lower(self, program: Program) -> None:
-        """Write out what TensorRT, or this one, cannot take."""
-        decompose_hardswish(program.exported)
-        if trt.load(_flavour()).is_rtx:
-            widen_depthwise(program.exported, program.rules)
 
     def library(self) -> str:
         """Torch-TensorRT and the TensorRT beneath."""
