@@ -117,3 +117,11 @@ def small_conv_net(classes: int = 5) -> SmallConvNet:
     module = SmallConvNet(classes)
     look_trained(module)
     return module
+
+
+def small_transformer() -> nn.Module:
+    """A vision transformer for images of 32 × 32, in eval mode with fixed random weights; its head has some too."""
+    torch.manual_seed(0)
+    module = torchvision.models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
+    nn.init.normal_(module.heads.head.weight)
+    return module.eval()

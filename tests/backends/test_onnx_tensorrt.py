@@ -8,12 +8,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import torchvision
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from tests.helpers import Lambda, captured, relative_error, settled
-from tests.models import ZOO, small_conv_net
+from tests.models import ZOO, small_conv_net, small_transformer
 from torchaccel import trt
 from torchaccel.backends import onnx_tensorrt
 from torchaccel.backends.base import Plan
@@ -37,13 +36,6 @@ def lowered(module: nn.Module, *args: Any, precision: str = "fp16", **options: A
 
 def build(module: nn.Module, *args: Any, precision: str = "fp16", **options: Any) -> Plan:
     return BACKEND.build(lowered(module, *args, precision=precision, **options), PRECISIONS[precision], GPU)
-
-
-def small_transformer() -> nn.Module:
-    torch.manual_seed(0)
-    module = torchvision.models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
-    nn.init.normal_(module.heads.head.weight)
-    return module.eval()
 
 
 # --- engines ---

@@ -192,6 +192,16 @@ def _decompose(program: Program, settings: dict[str, Any]) -> ExportedProgram:
     return lowered.run_decompositions(get_decompositions())
 
 
+def _lowered(decomposed: ExportedProgram, settings: dict[str, Any]) -> fx.GraphModule:
+    """The graph as Torch-TensorRT's converters take it."""
+    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
+    from torch_tensorrt.dynamo.lowering import post_lowering
+
+    chosen = _compilation_settings(settings)
+    DYNAMO_CONVERTERS.set_compilation_settings(chosen)  # which operators they take depends on them
+    return post_lowering(decomposed.module(check_guards=False), chosen)
+
+
 def _convert(
     decomposed: ExportedProgram, program: Program, settings: dict[str, Any], device: torch.device
 ) -> tuple[bytes, dict[str, Any]] | None:
@@ -201,13 +211,10 @@ def _convert(
     a runtime of its own, which takes a second.
     """
     from torch_tensorrt.dynamo.conversion._conversion import infer_module_output_dtypes
-    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
     from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
-    from torch_tensorrt.dynamo.lowering import post_lowering
 
     chosen = _compilation_settings(settings)
-    DYNAMO_CONVERTERS.set_compilation_settings(chosen)
-    lowered = post_lowering(decomposed.module(check_guards=False), chosen)
+    lowered = _lowered(decomposed, settings)
     results = pytree.tree_leaves(next(node for node in lowered.graph.nodes if node.op == "output").args)
     dtypes = infer_module_output_dtypes(lowered)
     interpreter = TRTInterpreter(lowered, _inputs(program), dtypes, compilation_settings=chosen)
@@ -257,8 +264,12 @@ def _compile(program: Program, settings: dict[str, Any]) -> fx.GraphModule:
 
 
 def _coverage(program: Program, settings: dict[str, Any]) -> Coverage:
-    """Which operators Torch-TensorRT puts into engines, from a dry run of its partitioning."""
-    parts = _compile(program, {**settings, "dryrun": True})
+    """Which operators Torch-TensorRT puts into engines: its partitioning alone, as a dry run prints a page."""
+    from torch_tensorrt.dynamo.partitioning import fast_partition
+
+    with quiet(*LOGGERS):
+        lowered = _lowered(_decompose(program, settings), settings)
+        parts, _ = fast_partition(lowered, min_block_size=settings["min_block_size"])
     coverage = Coverage(outside=count_operators(parts.graph))
     for name, part in parts.named_children():
         if isinstance(part, fx.GraphModule):
