@@ -19,7 +19,6 @@ from torchaccel.fused.graph import (
     aten,
     calls,
     is_tensor,
-    mutates,
     pair,
     put,
     put_aten,
@@ -37,6 +36,7 @@ from torchaccel.fused.transformers import (
     merge_linears,
     skip_copies,
 )
+from torchaccel.layouts import settle_layouts
 from torchaccel.program import Program
 
 Pass = Callable[[Program], int]
@@ -107,17 +107,8 @@ def drop_no_ops(program: Program) -> int:
 
 
 def let_views_copy(program: Program) -> int:
-    """`view` to `reshape`, which copies where a view cannot be had: the layouts behind it are no longer those traced.
-
-    Not where anything is written in place, since a view may be what it is written through.
-    """
-    graph = program.exported.graph
-    if any(mutates(node) for node in graph.nodes):
-        return 0
-    views = calls(graph, aten.view.default)
-    for node in views:
-        node.target = aten.reshape.default
-    return len(views)
+    """Views that copy where the layout asks for it: those behind convolutions are no longer the ones traced."""
+    return settle_layouts(program.exported)
 
 
 def replace_max_pools(program: Program) -> int:
