@@ -12,6 +12,7 @@ from tests.fused.programs import CPU, FP32, check, lowered, operators
 from tests.helpers import Lambda, relative_error, settled
 from torchaccel.backends.fused import Fused
 from torchaccel.backends.inductor import Inductor
+from torchaccel.errors import BackendWarning
 from torchaccel.fused import cudnn_plans
 from torchaccel.fused.passes import PASSES
 from torchaccel.program import Program
@@ -161,6 +162,15 @@ def test_an_operator_that_writes_in_place_is_read_by_all_that_come_after() -> No
     check(program, module, x)
 
 
+@pytest.mark.parametrize("write", [torch.Tensor.add_, torch.Tensor.mul_])
+def test_what_writes_a_wider_number_in_place_still_gives_the_narrower(write: Callable[..., Any]) -> None:
+    wide = torch.linspace(0, 1, 6, dtype=torch.float64)
+    module, x = block(lambda m, x: m.b(write(m.a(x), wide.clone())).tanh()), images()
+    program = lowered(module, x)
+    assert {"add_", "mul_"} & set(operators(program))
+    check(program, module, x)
+
+
 # --- biases, channels, patches ---
 
 
@@ -217,6 +227,15 @@ def test_a_first_layer_whose_residual_is_its_input_pads_it() -> None:
     program = lowered(module, images(3))
     assert operators(program)["torchaccel.pad_channels"] == 1
     check(program, module, images(3))
+
+
+def test_a_first_layer_whose_input_is_a_constant_pads_it() -> None:
+    module = Lambda(lambda m, x: m.first(m.picture).relu() + m.other(x), first=conv(3, 8), other=conv(8)).eval()
+    module.picture = images(3)  # neither a parameter nor a buffer
+    with pytest.warns(BackendWarning, match="picture"):
+        program = lowered(module, images())
+    assert operators(program)["torchaccel.pad_channels"] == 1
+    check(program, module, images())
 
 
 def test_a_weight_of_two_convolutions_is_not_padded() -> None:

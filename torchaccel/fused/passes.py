@@ -7,6 +7,9 @@ exact up to the rounding of one operator, and can be left out: `rewrite(program,
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import fx
+
 from torchaccel.fused.convolutions import (
     fuse_convolutions,
     lay_out_depthwise,
@@ -75,7 +78,7 @@ def write_out_of_place(program: Program) -> int:
     done = 0
     for node in calls(program.exported.graph, *_IN_PLACE):
         x = node.args[0]
-        if not is_tensor(x) or x.target not in _FRESH or not same_shape(x, node):
+        if not is_tensor(x) or x.target not in _FRESH or not same_shape(x, node) or not _keeps_dtype(node):
             continue
         order = {other: index for index, other in enumerate(program.exported.graph.nodes)}
         users = [user for user in x.users if user is not node]
@@ -89,6 +92,12 @@ def write_out_of_place(program: Program) -> int:
                 program.exported.graph_signature.replace_all_uses(x.name, node.name)
         done += 1
     return done
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Whether a new tensor would have the dtype of the one written to: a wider operand widens it."""
+    dtype = value(node).dtype
+    return all(torch.result_type(value(node), value(x)) is dtype for x in node.all_input_nodes if is_tensor(x))
 
 
 def drop_no_ops(program: Program) -> int:
