@@ -261,21 +261,23 @@ def _by_age(folder: Path) -> list[tuple[int, Path]]:
     with suppress(FileNotFoundError):
         for path in folder.iterdir():
             with suppress(FileNotFoundError):  # another process has just removed it
-                found.append((path.stat().st_mtime_ns, path))
+                found.append((path.lstat().st_mtime_ns, path))
     return sorted(found)
 
 
 def _size(path: Path) -> int:
     with suppress(OSError):
-        return path.stat().st_size
+        return path.lstat().st_size
     return 0
 
 
 def _remove(path: Path) -> int | None:
-    """Remove a file; its size, or None where another process was quicker."""
+    """Remove a file, or a folder that somebody put there; its size, or None where another process was quicker."""
     size = _size(path)
     try:
         path.unlink()
     except FileNotFoundError:
         return None
+    except IsADirectoryError:
+        compilers.remove(path)
     return size
