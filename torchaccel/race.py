@@ -65,6 +65,8 @@ class Racer(Builder):
                 found = self._remembered(cache, key, call, tensors, pool, captured)
                 if found is None:
                     found = self._race(call, tensors, pool, captured)
+                    if any(entry.out_of_memory for entry in self.races[-1].entries):
+                        return found  # who had no room now may win where there is
                     what = f"{type(self.module).__name__} {describe(tensors)} {self.options.precision}"
                     remember(cache, key, self.races[-1], what)
         return found
@@ -155,7 +157,7 @@ class Racer(Builder):
                 try:
                     found = self._alone(backend)(call, tensors, pool, captured.copy())
                 except (BuildError, AccuracyError) as error:
-                    entry.reason = str(error)
+                    entry.reason, entry.out_of_memory = str(error), isinstance(error, DeviceMemoryError)
                     continue
                 built[backend.name] = found
                 _describe(entry, *found)
