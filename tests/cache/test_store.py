@@ -422,3 +422,17 @@ def test_what_somebody_put_among_the_entries_is_listed_and_goes_like_them(cache:
     assert cache.clear()[0] == 6
     assert list(entries.iterdir()) == []
     assert cache.folder.parent.is_dir()
+
+
+def test_a_relative_folder_is_that_of_when_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHACCEL_CACHE_LIMIT_GIB", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    cache = open_cache("mine")
+    assert cache is not None
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cache.put(KEY, {}, {})
+    other = open_cache("mine")
+    assert other is not None
+    assert other.get(KEY) is None
+    assert [path.name for path in tmp_path.iterdir() if path.name != "elsewhere"] == ["mine"]

@@ -48,9 +48,9 @@ def _refuse_limit(given: str) -> int:
 
 
 def open_cache(folder: str | os.PathLike[str] | None = None) -> "Cache | None":
-    """The cache in `folder`, or in the default one; None where the limit is 0."""
+    """The cache in `folder`, or in the default one, wherever the process goes later; None where the limit is 0."""
     limit = limit_bytes()
-    return _opened(Path(folder) if folder is not None else cache_folder(), limit) if limit else None
+    return _opened((Path(folder) if folder is not None else cache_folder()).absolute(), limit) if limit else None
 
 
 @functools.cache
