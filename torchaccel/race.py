@@ -25,12 +25,13 @@ from torchaccel.report import RaceEntry, RaceRecord
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call
 from torchaccel.streaming import Ring
-from torchaccel.timing import Comparison, compare
+from torchaccel.timing import Comparison, Ratio, compare
 from torchaccel.weights import WeightRule
 
 SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
 WARM_UP = 20  # calls; the gate has run each of them before
 FEWEST, TIMED_MS = 5, 20_000  # samples of slow candidates: as many as fit into that time, or the fewest
+SLACK = 1.02  # what the smallest of those that noise does not tell apart may take of the time of the fastest
 STREAMED = 8  # batches in a sample of the objective "stream"
 
 
@@ -175,7 +176,7 @@ class Racer(Builder):
         trials = {name: self._trial(call, tensors, runner) for name, runner in runners.items()}
         comparison = _compare(trials, pool.device)
         fastest = comparison.fastest
-        close = [name for name in trials if name == fastest or not comparison.ratio(name, fastest).low > 1]
+        close = [name for name in trials if name == fastest or _is_close(comparison.ratio(name, fastest))]
         winner = min(close, key=lambda name: (entries[name].device_mib, comparison.timings[name].median_ms))
         for name in trials:
             ratio, entry = comparison.ratio(name, winner), entries[name]
@@ -202,6 +203,11 @@ class Racer(Builder):
         if args and kwargs:
             raise BuildError("objective='stream' times stream(), whose batches are all positional or all by keyword.")
         return kwargs or tuple(args)
+
+
+def _is_close(ratio: Ratio) -> bool:
+    """Whether noise may be all of a lead; a large one is no less likely to be real because much noise is in it."""
+    return not ratio.low > 1 and ratio.value <= SLACK
 
 
 def _uncount(pool: Pool, runners: Sequence[Runner]) -> None:
