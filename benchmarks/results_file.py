@@ -67,7 +67,10 @@ def problems(content: Mapping[str, Any]) -> list[str]:
     return [*found, *(f"row {index}: {line}" for index, row in enumerate(rows) for line in _row_problems(row))]
 
 
-def _row_problems(row: Mapping[str, Any]) -> Iterable[str]:
+def _row_problems(row: Any) -> Iterable[str]:
+    if not isinstance(row, Mapping):
+        yield f"it is {row!r}"
+        return
     for field in (*FIELDS, *FIGURES):
         if field not in row:
             yield f"{field} is missing"

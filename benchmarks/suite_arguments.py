@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -72,7 +73,10 @@ def _seconds(text: str) -> float:
 
 
 def _some_seconds(text: str) -> float:
-    if (seconds := _seconds(text)) == 0:
+    seconds = _seconds(text)
+    if math.isinf(seconds):
+        raise argparse.ArgumentTypeError(f"{text!r}: name a number of seconds, such as 600, or leave it out")
+    if seconds == 0:
         raise argparse.ArgumentTypeError("a race of 0 seconds builds its first candidate alone: name that as --backend")
     return seconds
 

@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = results_file.problems(content) if isinstance(content, dict) else ["it is no JSON object"]
-        found = found or [f"{name} is missing" for name in ("cells", "libraries") if name not in content]
+        found = found or list(_own_problems(content))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:  # what json and the decoder raise are ValueErrors
@@ -156,6 +156,24 @@ def _read(path: Path) -> dict[str, Any] | None:
             f"(git checkout -- {path.name}), move it away to begin anew, or name another file with --json."
         )
     return dict(content)
+
+
+def _own_problems(content: dict[str, Any]) -> Iterator[str]:
+    """What of a suite's file is not as `SuiteFile` reads it, beyond what every result file has."""
+    environment, cells = content["environment"], content.get("cells")
+    gpus = environment.get("gpus")
+    if not isinstance(gpus, list) or not all(isinstance(gpu, dict) and "name" in gpu for gpu in gpus):
+        yield "environment.gpus is no list of named GPUs"
+    elif not gpus and "cpu" not in environment:
+        yield "environment names no device"
+    if not isinstance(content.get("libraries"), dict):
+        yield "libraries is missing"
+    if not isinstance(cells, list):
+        yield "cells is missing"
+    else:
+        needed = {"model", "precision", "batch", "commit", "tree"}
+        whole = [isinstance(cell, dict) and needed <= set(cell) for cell in cells]
+        yield from (f"cell {number} is incomplete" for number, is_whole in enumerate(whole) if not is_whole)
 
 
 def _free_name(path: Path) -> Path:

@@ -95,6 +95,14 @@ def test_the_cache_is_listed_verified_and_cleared(cache: Cache, capsys: pytest.C
     assert cache.entries() == []
 
 
+def test_a_limit_that_is_none_is_an_error_in_one_line(
+    cache: Cache, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHACCEL_CACHE_LIMIT_GIB", "plenty")
+    assert main(["cache", "list"]) == 1
+    assert "TORCHACCEL_CACHE_LIMIT_GIB='plenty': allowed is" in capsys.readouterr().err
+
+
 def test_a_cache_that_is_no_folder_is_an_error(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
     cache.folder.write_text("mine")
     for action in ("list", "verify", "clear"):

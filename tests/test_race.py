@@ -182,6 +182,18 @@ def test_of_those_that_are_as_fast_the_smallest_wins(compete: Any, monkeypatch: 
     assert "noise" in large.reason
 
 
+def test_one_that_seems_slower_by_more_than_a_little_does_not_win_by_noise(
+    compete: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = {"large": (1.0, 1.1, 1.0, 1.1), "small": (1.1, 1.05, 1.15, 1.05)}
+    timed = Comparison({name: Timing(times) for name, times in rounds.items()}, rounds)
+    assert timed.ratio("small", "large").low < 1 < timed.ratio("small", "large").value
+    monkeypatch.setattr(sys.modules[Racer.__module__], "_compare", lambda *_: timed)
+    model = compete(Changed("large", mib=3), Changed("small", mib=2))
+    model(images())
+    assert outcomes(model.report().races[0]) == {"large": "won", "small": "lost"}
+
+
 def test_nobody_left_is_an_error_with_every_reason(compete: Any) -> None:
     model = compete(Failing(), Changed("wrong", lambda result: result * 2), Absent())
     with pytest.raises(BuildError, match=r"(?s)float32\[2, 3, 8, 8\].*absent: it is not.*failing: it cannot.*wrong: "):

@@ -169,6 +169,31 @@ def test_a_damaged_file_is_left_alone_and_the_way_out_is_named(tiny, tmp_path, c
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content.update(cells=None), "cells is missing"),
+        (lambda content: content["cells"][0].pop("tree"), "cell 0 is incomplete"),
+        (lambda content: content.update(cells=[3]), "cell 0 is incomplete"),
+        (lambda content: content.update(libraries=[]), "libraries is missing"),
+        (lambda content: content["environment"].pop("gpus"), "environment.gpus is no list"),
+        (lambda content: content["environment"].update(gpus=[3]), "environment.gpus is no list"),
+        (lambda content: content.update(environment={"gpus": []}), "environment names no device"),
+        (lambda content: content["rows"].insert(0, 3), "row 0: it is 3"),
+    ],
+)
+def test_a_file_whose_parts_are_not_a_suite_s_is_left_alone_too(tiny, tmp_path, capsys, change, said):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    ran(path, *cell)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        ran(path, *cell)
+    assert f"cannot be resumed from: {said}" in " ".join(capsys.readouterr().err.split())
+    assert (json.loads(path.read_text()), len(tiny)) == (content, 1)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda content: content["environment"].update(torch="1.0"),
@@ -245,6 +270,7 @@ def test_a_file_of_another_backend_is_moved_aside(tiny, tmp_path):
         (("--gpus", "99"), "--gpus 99: this process may use"),
         (("--backend", "eager", "--race-budget-s", "9"), "--backend eager is no race"),
         (("--race-budget-s", "0"), "name that as --backend"),
+        (("--race-budget-s", "inf"), "'inf': name a number of seconds"),
         pytest.param(("--peers", "graph", "eager"), "--peers graph needs a GPU; here there are", marks=on_a_cpu),
     ],
 )

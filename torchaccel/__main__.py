@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torchaccel.cache.store import Cache, cache_folder, limit_bytes
 from torchaccel.environment import environment
+from torchaccel.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,11 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> int:
-    cache = Cache(arguments.dir or cache_folder(), limit_bytes())
+    try:
+        cache = Cache(arguments.dir or cache_folder(), limit_bytes())
+    except OptionError as error:
+        print(error, file=sys.stderr)
+        return 1
     try:
         return {"list": _list, "verify": _verify, "clear": _clear}[arguments.action](cache)
     except OSError as error:

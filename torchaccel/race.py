@@ -25,12 +25,13 @@ from torchaccel.report import RaceEntry, RaceRecord
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call
 from torchaccel.streaming import Ring
-from torchaccel.timing import Comparison, compare
+from torchaccel.timing import Comparison, Ratio, compare
 from torchaccel.weights import WeightRule
 
 SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
 WARM_UP = 20  # calls; the gate has run each of them before
 FEWEST, TIMED_MS = 5, 20_000  # samples of slow candidates: as many as fit into that time, or the fewest
+SLACK = 1.02  # what the smallest of those that noise does not tell apart may take of the time of the fastest
 STREAMED = 8  # batches in a sample of the objective "stream"
 
 
@@ -65,6 +66,8 @@ class Racer(Builder):
                 found = self._remembered(cache, key, call, tensors, pool, captured)
                 if found is None:
                     found = self._race(call, tensors, pool, captured)
+                    if any(entry.out_of_memory for entry in self.races[-1].entries):
+                        return found  # who had no room now may win where there is
                     what = f"{type(self.module).__name__} {describe(tensors)} {self.options.precision}"
                     remember(cache, key, self.races[-1], what)
         return found
@@ -155,7 +158,7 @@ class Racer(Builder):
                 try:
                     found = self._alone(backend)(call, tensors, pool, captured.copy())
                 except (BuildError, AccuracyError) as error:
-                    entry.reason = str(error)
+                    entry.reason, entry.out_of_memory = str(error), isinstance(error, DeviceMemoryError)
                     continue
                 built[backend.name] = found
                 _describe(entry, *found)
@@ -173,7 +176,7 @@ class Racer(Builder):
         trials = {name: self._trial(call, tensors, runner) for name, runner in runners.items()}
         comparison = _compare(trials, pool.device)
         fastest = comparison.fastest
-        close = [name for name in trials if name == fastest or not comparison.ratio(name, fastest).low > 1]
+        close = [name for name in trials if name == fastest or _is_close(comparison.ratio(name, fastest))]
         winner = min(close, key=lambda name: (entries[name].device_mib, comparison.timings[name].median_ms))
         for name in trials:
             ratio, entry = comparison.ratio(name, winner), entries[name]
@@ -200,6 +203,11 @@ class Racer(Builder):
         if args and kwargs:
             raise BuildError("objective='stream' times stream(), whose batches are all positional or all by keyword.")
         return kwargs or tuple(args)
+
+
+def _is_close(ratio: Ratio) -> bool:
+    """Whether noise may be all of a lead; a large one is no less likely to be real because much noise is in it."""
+    return not ratio.low > 1 and ratio.value <= SLACK
 
 
 def _uncount(pool: Pool, runners: Sequence[Runner]) -> None:

@@ -121,7 +121,8 @@ class RaceEntry:
     """One backend in a race: `outcome` is "won", "lost" or, with the reason, "out" (not built, or stopped by the gate).
 
     `median_ms` is of a call, or of some batches through `stream()`; `ratio` is over the winner's; `build_ms` is the
-    whole build, gate included; `device_mib` weights, buffers and graph.
+    whole build, gate included; `device_mib` weights, buffers and graph. `out_of_memory` says that it is out for want of
+    device memory, of which there may be more another time.
     """
 
     name: str
@@ -132,6 +133,7 @@ class RaceEntry:
     relative_error: float | None = None
     device_mib: float = 0.0
     build_ms: float | None = None
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,21 @@ def test_memory_that_runs_out_is_no_reason_to_race_again(
     assert raced(cache).report().races[0].from_cache
 
 
+def test_a_race_in_which_somebody_had_no_room_is_not_kept(
+    cache: Cache, field: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(field[1], "load", load)
+        (crowded,) = raced(cache).report().races
+    assert crowded.winner.name == "slow"
+    assert [entry.name for entry in crowded.entries if entry.out_of_memory] == ["fast"]
+    assert cache.entries() == []
+    assert raced(cache).report().races[0].winner.name == "fast"
+
+
 def test_a_race_that_nobody_survives_is_not_kept(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "FIELD", (Failing(),))
     with pytest.raises(BuildError, match="no backend could serve"):

@@ -406,3 +406,33 @@ def test_clear_removes_everything_but_what_is_not_the_caches(cache: Cache) -> No
     assert size > 3 * 65536
     assert [path.name for path in cache.folder.rglob("*") if path.is_file()] == ["watch-helper.so"]
     assert cache.clear() == (0, 0)
+
+
+def test_what_somebody_put_among_the_entries_is_listed_and_goes_like_them(cache: Cache) -> None:
+    cache.put(key(0), payload(0), {})
+    entries = cache.path(key(0)).parent
+    (entries / "folder").mkdir()
+    (entries / "folder" / "file").write_text("foreign")
+    (entries / "nowhere").symlink_to(entries / "gone")
+    (entries / "loop").symlink_to(entries / "loop")
+    (entries / "outside").symlink_to(cache.folder.parent)
+    assert sorted(entry.kind for entry in cache.entries()) == ["damaged"] * 4 + ["plan"]
+    assert sum(bool(why) for why in cache.verify().values()) == 4
+    cache.put(key(1), payload(1), {})
+    assert cache.clear()[0] == 6
+    assert list(entries.iterdir()) == []
+    assert cache.folder.parent.is_dir()
+
+
+def test_a_relative_folder_is_that_of_when_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHACCEL_CACHE_LIMIT_GIB", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    cache = open_cache("mine")
+    assert cache is not None
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cache.put(KEY, {}, {})
+    other = open_cache("mine")
+    assert other is not None
+    assert other.get(KEY) is None
+    assert [path.name for path in tmp_path.iterdir() if path.name != "elsewhere"] == ["mine"]

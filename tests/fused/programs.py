@@ -31,9 +31,9 @@ def operators(program: Program) -> Counter[str]:
 
 
 @torch.no_grad()
-def check(program: Program, module: nn.Module, *inputs: torch.Tensor, channels_last: bool = True) -> None:
+def check(program: Program, module: nn.Module, *inputs: torch.Tensor) -> None:
     """The rewritten program computes what the module does, to fp32's rounding, in the layout that it is served in."""
-    program.take_weights(WeightStore(), module, channels_last=channels_last)
+    program.take_weights(WeightStore(), module, channels_last=True)
     backend = Fused(passes=())
     engine = backend.load(backend.build(program, FP32, CPU), CPU)
     results = engine(*(engine.input_buffer(index, tensor) for index, tensor in enumerate(inputs)))

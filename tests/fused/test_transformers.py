@@ -118,12 +118,19 @@ def test_products_for_attention_are_one(name: str, bias: bool) -> None:
     check(program, module, x)
 
 
+def filled_in_part() -> torch.Tensor:
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    return mask
+
+
 MASKS = {
     "full": (lambda m, x: attend(x, x, x, torch.arange(5)[:, None] >= torch.zeros(5)), True),
     "causal": (lambda m, x: attend(x, x, x, torch.arange(5)[:, None] >= torch.arange(5)), False),
     "full, of a weight": (lambda m, x: attend(x, x, x, m.limit >= torch.zeros(5, 5)), False),
     "full, of an input": (lambda m, x: attend(x, x, x, (x >= x - 1)[0, 0, :, :5]), False),
     "of numbers": (lambda m, x: attend(x, x, x, torch.zeros(5, 5)), False),
+    "full until it is filled": (lambda m, x: attend(x, x, x, filled_in_part()), False),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torchaccel import trt
 from torchaccel.environment import device_problem
 from torchaccel.interrupts import uninterrupted
+from torchaccel.layouts import settle_layouts
 from torchaccel.lowering import decompose_hardswish, space_to_depth, widen_depthwise
 from torchaccel.precision import Precision, tf32_state
 from torchaccel.program import Program
@@ -127,6 +128,10 @@ class NativeBackend(Backend):
     def honours(self, precision: Precision, device: torch.device) -> str | None:
         """Whatever PyTorch's kernels honour."""
         return native_honours(precision, device)
+
+    def lower(self, program: Program) -> None:
+        """Make it mean the same in channels-last."""
+        settle_layouts(program.exported)
 
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         """The plan is the program; what there is to generate is generated where it is loaded."""

@@ -91,7 +91,7 @@ def _measured(path: Path, files: Any) -> tuple[int, Path, int]:
 
 def remove(path: Path) -> None:
     """Remove a part, or all of one of the folders."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -48,9 +48,9 @@ def _refuse_limit(given: str) -> int:
 
 
 def open_cache(folder: str | os.PathLike[str] | None = None) -> "Cache | None":
-    """The cache in `folder`, or in the default one; None where the limit is 0."""
+    """The cache in `folder`, or in the default one, wherever the process goes later; None where the limit is 0."""
     limit = limit_bytes()
-    return _opened(Path(folder) if folder is not None else cache_folder(), limit) if limit else None
+    return _opened((Path(folder) if folder is not None else cache_folder()).absolute(), limit) if limit else None
 
 
 @functools.cache
@@ -261,21 +261,23 @@ def _by_age(folder: Path) -> list[tuple[int, Path]]:
     with suppress(FileNotFoundError):
         for path in folder.iterdir():
             with suppress(FileNotFoundError):  # another process has just removed it
-                found.append((path.stat().st_mtime_ns, path))
+                found.append((path.lstat().st_mtime_ns, path))
     return sorted(found)
 
 
 def _size(path: Path) -> int:
     with suppress(OSError):
-        return path.stat().st_size
+        return path.lstat().st_size
     return 0
 
 
 def _remove(path: Path) -> int | None:
-    """Remove a file; its size, or None where another process was quicker."""
+    """Remove a file, or a folder that somebody put there; its size, or None where another process was quicker."""
     size = _size(path)
     try:
         path.unlink()
     except FileNotFoundError:
         return None
+    except IsADirectoryError:
+        compilers.remove(path)
     return size

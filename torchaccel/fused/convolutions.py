@@ -143,7 +143,7 @@ def pad_first_channels(program: Program) -> int:
     Where it reads an input of the program that nothing else reads, that input itself has four from now on: whoever
     calls the program pads it.
     """
-    done, names = 0, weights(program)
+    done, names, given = 0, weights(program), program.exported.graph_signature.user_inputs
     for conv in calls(program.exported.graph, _conv_bias_act, aten.conv2d.default, aten.conv2d.padding):
         x, weight = conv.args[0], conv.args[1]
         if not is_tensor(x) or weight not in names or not is_tensor(weight) or arguments(conv)["groups"] != 1:
@@ -152,7 +152,7 @@ def pad_first_channels(program: Program) -> int:
             continue
         program.rules[names[weight]] = with_changes(program.rules[names[weight]], input_channels=4)
         weight.meta["val"] = traced(_pad_channels, (value(weight), 4))
-        if x.op == "placeholder" and x not in names and only_user(x) is conv:
+        if x.name in given and only_user(x) is conv:
             x.meta["val"] = traced(_pad_channels, (value(x), 4))
         else:
             conv.args = (put(program, conv, "pad_channels", (x, 4)), *conv.args[1:])

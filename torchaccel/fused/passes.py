@@ -7,6 +7,9 @@ exact up to the rounding of one operator, and can be left out: `rewrite(program,
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import fx
+
 from torchaccel.fused.convolutions import (
     fuse_convolutions,
     lay_out_depthwise,
@@ -19,7 +22,6 @@ from torchaccel.fused.graph import (
     aten,
     calls,
     is_tensor,
-    mutates,
     pair,
     put,
     put_aten,
@@ -37,6 +39,7 @@ from torchaccel.fused.transformers import (
     merge_linears,
     skip_copies,
 )
+from torchaccel.layouts import settle_layouts
 from torchaccel.program import Program
 
 Pass = Callable[[Program], int]
@@ -75,7 +78,7 @@ def write_out_of_place(program: Program) -> int:
     done = 0
     for node in calls(program.exported.graph, *_IN_PLACE):
         x = node.args[0]
-        if not is_tensor(x) or x.target not in _FRESH or not same_shape(x, node):
+        if not is_tensor(x) or x.target not in _FRESH or not same_shape(x, node) or not _keeps_dtype(node):
             continue
         order = {other: index for index, other in enumerate(program.exported.graph.nodes)}
         users = [user for user in x.users if user is not node]
@@ -89,6 +92,12 @@ def write_out_of_place(program: Program) -> int:
                 program.exported.graph_signature.replace_all_uses(x.name, node.name)
         done += 1
     return done
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Whether a new tensor would have the dtype of the one written to: a wider operand widens it."""
+    dtype = value(node).dtype
+    return all(torch.result_type(value(node), value(x)) is dtype for x in node.all_input_nodes if is_tensor(x))
 
 
 def drop_no_ops(program: Program) -> int:
@@ -107,17 +116,8 @@ def drop_no_ops(program: Program) -> int:
 
 
 def let_views_copy(program: Program) -> int:
-    """`view` to `reshape`, which copies where a view cannot be had: the layouts behind it are no longer those traced.
-
-    Not where anything is written in place, since a view may be what it is written through.
-    """
-    graph = program.exported.graph
-    if any(mutates(node) for node in graph.nodes):
-        return 0
-    views = calls(graph, aten.view.default)
-    for node in views:
-        node.target = aten.reshape.default
-    return len(views)
+    """Views that copy where the layout asks for it: those behind convolutions are no longer the ones traced."""
+    return settle_layouts(program.exported)
 
 
 def replace_max_pools(program: Program) -> int:

@@ -117,8 +117,11 @@ def keep_rows(program: Program) -> int:
 
 def drop_full_masks(program: Program) -> int:
     """Drop masks that are computed of nothing given and hide nothing, as BERT's without padding: they cost a kernel."""
+    graph = program.exported.graph
+    if any(mutates(node) for node in graph.nodes):  # such as one that fills a part of a mask
+        return 0
     done = 0
-    for node in calls(program.exported.graph, _ATTENTION):
+    for node in calls(graph, _ATTENTION):
         mask = arguments(node)["attn_mask"]
         constant = None if mask is None or value(mask).dtype != torch.bool else _constant(mask)
         if constant is not None and bool(constant.all()):
