@@ -65,7 +65,7 @@ class _Slot:
         """This slot's pinned buffer for the batch's tensor number `index`."""
         key = (index, shape, dtype)
         if key not in self.pinned:
-            self.pinned[key] = torch.empty(shape, dtype=dtype, pin_memory=True)
+            self.pinned[key] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
         return self.pinned[key]
 
 
@@ -246,4 +246,4 @@ class Ring:
 
 
 def _copy_out(result: torch.Tensor) -> torch.Tensor:
-    return torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+    return torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True).copy_(result, non_blocking=True)
