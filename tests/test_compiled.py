@@ -178,6 +178,13 @@ def test_a_sparse_tensor_is_an_input_error() -> None:
         on_cpu(Lambda(lambda self, x: x.to_dense() * 2))(torch.eye(3).to_sparse())
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_quantized_tensor_is_an_input_error() -> None:
+    x = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.quint8)
+    with torch.no_grad(), pytest.raises(InputError, match="dequantize"):
+        on_cpu(Lambda(lambda self, x: x.dequantize() * 2))(x)
+
+
 def test_a_module_s_own_complaint_about_its_inputs_comes_through() -> None:
     model = on_cpu(small_conv_net())
     with torch.no_grad(), pytest.raises(RuntimeError, match="channels"):
