@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tests.helpers import Lambda, assert_fresh, images, in_place, on_cpu, relative_error, same_values
 from tests.models import SmallConvNet, small_conv_net
 from torchaccel.compiled import CompiledModule
-from torchaccel.errors import BackendWarning, BuildError, OptionError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError, OptionError
 
 # --- state and attributes ---
 
@@ -416,6 +416,34 @@ def test_hooks_of_submodules_are_a_part_of_the_model() -> None:
     model = on_cpu(module)
     x = images()
     assert relative_error(model(x), module(x)) < 2e-6
+
+
+@torch.no_grad()
+def test_hooks_of_submodules_that_come_and_go_after_the_build_are_followed() -> None:
+    model, x = on_cpu(small_conv_net()), images()
+    plain = model(x)
+    handle = model.fc.register_forward_hook(lambda _, args, result: result * 3)
+    assert relative_error(model(x), 3 * plain) < 2e-6
+    handle.remove()
+    assert relative_error(model(x), plain) < 2e-6
+    model.register_forward_hook(lambda *_: None)  # the root's own are around the engine
+    model(x)
+    report = model.report()
+    assert (report.builds, report.calls_by_engine, report.calls_by_module) == (3, 4, 0)
+
+
+@torch.no_grad()
+def test_a_submodule_in_training_mode_is_refused_by_its_name_and_not_served_as_if_it_were_not() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    model, x = on_cpu(module), torch.randn(4, 8)
+    expected = model(x)
+    module[1].train()
+    with pytest.raises(AccuracyError, match="'1' are in training mode"):
+        model(x)
+    module[1].eval()
+    assert torch.equal(model(x), expected)
+    module[0].train()  # which changes nothing
+    assert torch.equal(model(x), expected)
 
 
 def hooked(calls: list[Any], *, fails: bool = False) -> nn.Module:

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchaccel.backends.base import Backend
 from torchaccel.backends.eager import Eager
@@ -30,6 +28,7 @@ from torchaccel.report import RaceRecord, Report
 from torchaccel.runner import Pool
 from torchaccel.state import State, describe_device, module_device
 from torchaccel.streaming import read_batch
+from torchaccel.watch import why_unwatched
 from torchaccel.weights import WeightStore, module_tensors
 
 _ALL: tuple[Backend, ...] = (TorchTensorRT(), OnnxTensorRT(), Fused(), Inductor(), Eager())
@@ -241,7 +240,7 @@ def _check_module(module: nn.Module, options: Options) -> None:
             what = f"its submodule {name!r}" if name else "module"
             raise OptionError(f"{what} is TorchScript, which cannot be captured: give what it was scripted from.")
     for name, tensor in module_tensors(module).items():
-        if problem := _unfit(tensor):
+        if problem := why_unwatched(tensor):
             raise OptionError(f"{name!r} of {type(module).__name__} {problem}")
     hidden = [name for name in ITS_OWN if hasattr(module, name)]
     if hidden:
@@ -252,19 +251,6 @@ def _check_module(module: nn.Module, options: Options) -> None:
             stacklevel=3,
         )
     check_module_names(module, options.keep_fp32)
-
-
-def _unfit(tensor: torch.Tensor) -> str | None:
-    """Why engines cannot have such a tensor among their weights: they copy and watch it by its memory."""
-    if is_lazy(tensor):
-        return "has no shape yet: run the module once on a batch, and compile it then."
-    if tensor.layout is not torch.strided:
-        return f"is {str(tensor.layout).removeprefix('torch.')}; weights are dense (strided) tensors: use .to_dense()."
-    if tensor.is_quantized:
-        return f"is quantized ({tensor.dtype}): use .dequantize()."
-    if is_traceable_wrapper_subclass(tensor):
-        return f"is a {type(tensor).__qualname__}, which wraps other tensors: put a plain tensor in its place."
-    return None
 
 
 def _device(module: nn.Module, options: Options) -> torch.device:

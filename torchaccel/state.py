@@ -265,7 +265,9 @@ class State:
         self.runners.clear()
         self.built.clear()
         self.build.store.clear()
-        self.report.events.append("the module's structure, attributes, dtypes or device changed: engines are new")
+        self.report.events.append(
+            "the module's structure, hooks, modes, attributes, dtypes or device changed: engines are new"
+        )
         device = module_device(self.module) or self.device
         if device != self.device:
             calls = self.pool.calls
