@@ -276,6 +276,16 @@ def test_a_sequential_has_length_items_and_iteration() -> None:
     assert_fresh(model, torch.ones(1, 2), builds=2, refreshes=1)
 
 
+@torch.no_grad()
+def test_a_submodule_that_is_taken_out_of_a_sequential_is_gone_from_the_model_too() -> None:
+    model, x = on_cpu(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))), torch.randn(2, 4)
+    model(x)
+    del model[1]
+    assert list(model._modules) == ["0", "1"]
+    assert torch.allclose(model(x), model.module(x))
+    assert model.report().builds == 2
+
+
 def test_special_methods_are_there_only_where_the_module_s_class_has_them() -> None:
     model: Any = on_cpu(small_conv_net())
     assert model, "true, as a module without a length is"
