@@ -25,17 +25,22 @@ Preprocess = Callable[..., Any]
 def read_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch as the arguments of a call: a tuple or list is positional, a dict is keywords, the rest is one argument.
 
-    NumPy arrays become tensors that share their memory.
+    NumPy arrays become tensors that share their memory, where PyTorch can have such: a flipped one is copied.
 
     >>> read_batch((1, np.zeros(2)))
     ((1, tensor([0., 0.], dtype=torch.float64)), {})
     """
-    batch = pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
+    batch = pytree.tree_map(lambda leaf: _as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
     if isinstance(batch, dict):
         return (), batch
     return (batch,), {}
+
+
+def _as_tensor(array: "np.ndarray[Any, Any]") -> torch.Tensor:
+    """Channels reversed by `[..., ::-1]`, as OpenCV's users do, have a negative stride, which no tensor has."""
+    return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array)
 
 
 def preprocessed(
