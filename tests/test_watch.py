@@ -330,6 +330,16 @@ def test_a_helper_that_comes_later_takes_over_without_missing_a_write(monkeypatc
     assert watches[0].changed()
 
 
+def test_parts_of_two_states_are_never_the_same() -> None:
+    if (compiled := helper.wait()) is None:
+        pytest.skip(f"no compiled helper: {helper.problem}")
+    tensors, modes = (torch.ones(2), torch.ones(3)), (False,)
+    whole = compiled.snapshot(tensors)
+    assert compiled.same((), (), tensors, whole, ({"training": False},), modes)
+    assert not compiled.same((), (), tensors, whole[: len(whole) // 2], ({"training": False},), modes)
+    assert not compiled.same((), (), tensors, whole, ({"training": False},) * 2, modes)
+
+
 def test_parameters_that_are_parts_of_one_vector_are_told_from_others_that_share_memory() -> None:
     ordinary, tied, recurrent, views, flat = (small_conv_net() for _ in range(5))
     tied.norm.weight = tied.second_norm.weight

@@ -54,6 +54,10 @@ PyObject* same(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   PyObject *dicts = arguments[0], *held = arguments[1], *tensors = arguments[2];
   PyObject *attributes = arguments[4], *modes = arguments[5];
+  // Another thread may be in the middle of `accept`, and a part of this be older than the rest.
+  const auto states_size = PyTuple_GET_SIZE(tensors) * static_cast<Py_ssize_t>(sizeof(State));
+  if (PyBytes_GET_SIZE(arguments[3]) != states_size) Py_RETURN_FALSE;
+  if (PyTuple_GET_SIZE(modes) != PyTuple_GET_SIZE(attributes)) Py_RETURN_FALSE;
   static PyObject* const training = PyUnicode_InternFromString("training");
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(attributes); ++i) {
     PyObject* mode = PyDict_GetItemWithError(PyTuple_GET_ITEM(attributes, i), training);
