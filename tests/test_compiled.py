@@ -178,6 +178,13 @@ def test_a_sparse_tensor_is_an_input_error() -> None:
         on_cpu(Lambda(lambda self, x: x.to_dense() * 2))(torch.eye(3).to_sparse())
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_quantized_tensor_is_an_input_error() -> None:
+    x = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.quint8)
+    with torch.no_grad(), pytest.raises(InputError, match="dequantize"):
+        on_cpu(Lambda(lambda self, x: x.dequantize() * 2))(x)
+
+
 def test_a_module_s_own_complaint_about_its_inputs_comes_through() -> None:
     model = on_cpu(small_conv_net())
     with torch.no_grad(), pytest.raises(RuntimeError, match="channels"):
@@ -345,6 +352,30 @@ def test_a_recurrent_network_compiles_quietly_and_takes_new_weights() -> None:
         else:
             module.bias_hh_l0 = nn.Parameter(torch.randn(32))
     assert model.report().builds == 1
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize(
+    "held",
+    [[nn.Linear(4, 4)], (nn.Linear(4, 4),), {"a": torch.randn(4)}, [torch.randn(4)]],
+    ids=["a list of modules", "a tuple of modules", "a dict", "a list"],
+)
+def test_a_weight_in_a_plain_container_is_warned_of_by_the_container_s_name(held: Any) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        (item,) = self.inner.held.values() if isinstance(self.inner.held, dict) else self.inner.held
+        return item(x) if isinstance(item, nn.Module) else item + x
+
+    module = Lambda(forward, inner=nn.Identity())
+    module.inner.held, module.inner.unused = held, [torch.randn(4)]
+    with pytest.warns(BackendWarning, match=r"\(inner\.held\): engines keep the values of now"):
+        on_cpu(module)(torch.ones(4))
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_literal_in_the_forward_is_no_weight() -> None:
+    module = Lambda(lambda self, x: x + torch.tensor([1.0, 2.0]))
+    module.held = [torch.tensor([1.0, 2.0])]
+    assert on_cpu(module)(torch.zeros(2)).tolist() == [1.0, 2.0]
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -188,6 +188,45 @@ def test_without_a_gpu_the_cpu_is_the_device() -> None:
 
 
 @torch.no_grad()
+def wrapping() -> torch.Tensor:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return TwoTensor(torch.ones(2), torch.ones(2))
+
+
+def quantized() -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (nn.UninitializedBuffer, r"'child.held' of Sequential .* run the module once"),
+        (lambda: torch.eye(2).to_sparse(), r"is sparse_coo; .*to_dense"),
+        (lambda: torch.eye(2).to_sparse_csr(), r"is sparse_csr; .*to_dense"),
+        (quantized, r"is quantized \(torch.quint8\)"),
+        (wrapping, r"is a TwoTensor, which wraps other tensors"),
+    ],
+    ids=["lazy", "sparse", "csr", "quantized", "wrapper"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_a_weight_that_cannot_be_watched_is_refused_with_its_name(make: Any, said: str) -> None:
+    module = nn.Sequential()
+    module.add_module("child", Lambda(lambda self, x: x))
+    module.child.register_buffer("held", make())
+    with pytest.raises(OptionError, match=said):
+        on_cpu(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+def test_torchscript_is_refused(inside: bool) -> None:
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(OptionError, match="submodule '0' is TorchScript" if inside else "module is TorchScript"):
+        on_cpu(nn.Sequential(scripted) if inside else scripted)
+
+
 def test_a_module_without_tensors_can_be_compiled() -> None:
     model = on_cpu(Lambda(lambda self, x: x.relu() * 2))
     assert model(torch.tensor([-1.0, 3.0])).tolist() == [0.0, 6.0]

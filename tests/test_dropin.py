@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tests.helpers import Lambda, assert_fresh, images, in_place, on_cpu, relative_error, same_values
 from tests.models import SmallConvNet, small_conv_net
 from torchaccel.compiled import CompiledModule
-from torchaccel.errors import BackendWarning, BuildError, OptionError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError, OptionError
 
 # --- state and attributes ---
 
@@ -276,6 +276,16 @@ def test_a_sequential_has_length_items_and_iteration() -> None:
     assert_fresh(model, torch.ones(1, 2), builds=2, refreshes=1)
 
 
+@torch.no_grad()
+def test_a_submodule_that_is_taken_out_of_a_sequential_is_gone_from_the_model_too() -> None:
+    model, x = on_cpu(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))), torch.randn(2, 4)
+    model(x)
+    del model[1]
+    assert list(model._modules) == ["0", "1"]
+    assert torch.allclose(model(x), model.module(x))
+    assert model.report().builds == 2
+
+
 def test_special_methods_are_there_only_where_the_module_s_class_has_them() -> None:
     model: Any = on_cpu(small_conv_net())
     assert model, "true, as a module without a length is"
@@ -416,6 +426,34 @@ def test_hooks_of_submodules_are_a_part_of_the_model() -> None:
     model = on_cpu(module)
     x = images()
     assert relative_error(model(x), module(x)) < 2e-6
+
+
+@torch.no_grad()
+def test_hooks_of_submodules_that_come_and_go_after_the_build_are_followed() -> None:
+    model, x = on_cpu(small_conv_net()), images()
+    plain = model(x)
+    handle = model.fc.register_forward_hook(lambda _, args, result: result * 3)
+    assert relative_error(model(x), 3 * plain) < 2e-6
+    handle.remove()
+    assert relative_error(model(x), plain) < 2e-6
+    model.register_forward_hook(lambda *_: None)  # the root's own are around the engine
+    model(x)
+    report = model.report()
+    assert (report.builds, report.calls_by_engine, report.calls_by_module) == (3, 4, 0)
+
+
+@torch.no_grad()
+def test_a_submodule_in_training_mode_is_refused_by_its_name_and_not_served_as_if_it_were_not() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    model, x = on_cpu(module), torch.randn(4, 8)
+    expected = model(x)
+    module[1].train()
+    with pytest.raises(AccuracyError, match="'1' are in training mode"):
+        model(x)
+    module[1].eval()
+    assert torch.equal(model(x), expected)
+    module[0].train()  # which changes nothing
+    assert torch.equal(model(x), expected)
 
 
 def hooked(calls: list[Any], *, fails: bool = False) -> nn.Module:

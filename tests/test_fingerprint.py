@@ -49,6 +49,20 @@ def test_a_fingerprint_takes_tensors_of_any_kind() -> None:
     assert fingerprint([torch.empty(0)])[0].tolist() == [0]
 
 
+@pytest.mark.parametrize("view", [torch.conj, lambda tensor: tensor.conj().imag], ids=["conjugate", "negative"])
+def test_what_is_computed_only_when_it_is_read_counts_by_its_values(view: Any) -> None:
+    tensor = torch.randn(3, 2, dtype=torch.complex64)
+    assert equal(fingerprint([view(tensor)]), fingerprint([view(tensor).resolve_conj().resolve_neg().clone()]))
+    assert not equal(fingerprint([view(tensor)]), fingerprint([view(tensor).conj_physical().neg()]))
+
+
+def test_a_comparison_is_the_host_s_whatever_the_default_device() -> None:
+    check = PendingCheck()
+    with torch.device("meta"):
+        check.start(fingerprint([torch.ones(2, device="cpu")]), ())
+    assert check.take() is True
+
+
 @pytest.mark.parametrize("sizes", [(1,), (16,), (17,), (64, 1), (3, 40, 5), (100, 100), (15, 1, 16, 0, 33)])
 def test_what_is_summed_at_a_time_is_bounded_and_no_byte_is_lost(
     monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]

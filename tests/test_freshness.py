@@ -256,6 +256,10 @@ def exchange_data(model: CompiledModule) -> None:
     first.data, second.data = second.data, first.data
 
 
+def transpose_data(model: CompiledModule) -> None:
+    model.module.second.weight.data = model.module.second.weight.data.t()  # the same memory, read in another order
+
+
 def there_and_back(model: CompiledModule) -> None:
     model.half()
     model.float()
@@ -286,6 +290,7 @@ IN_PLACE: dict[str, Change] = {
     "swap_tensors with another": exchange_with_another,
     "two parameters exchanged": exchange_names,
     "two .data exchanged": exchange_data,
+    ".data = its transpose": transpose_data,
     "half() and float()": there_and_back,
 }
 

@@ -1,5 +1,6 @@
 """What a forward leaves behind besides its result is found: writes to inputs and tensors, changed attributes."""
 
+import dataclasses
 from collections import deque
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from tests.helpers import Lambda, on_cpu, relative_error
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.purity import attributes, differing
+from torchaccel.signature import flatten
 
 pytestmark = pytest.mark.usefixtures("_no_gradients")
 
@@ -58,6 +60,65 @@ def test_a_write_to_a_parameter_is_refused_with_its_name() -> None:
     module = Lambda(lambda self, x: self.fc(x) + self.fc.bias.add_(1), fc=nn.Linear(2, 2))
     with pytest.raises(BuildError, match=r"parameters or buffers in eval mode \(fc\.bias\)"):
         on_cpu(module)(torch.ones(1, 2))
+
+
+# --- arguments that hold tensors ---
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+    steps: int = 0
+
+
+def set_an_item(self: Any, given: Any) -> Any:
+    given["y"] = given["x"] * 2
+    return given
+
+
+def replace_an_item(self: Any, given: Any) -> Any:
+    given["x"] = given["x"] * 2
+    return given
+
+
+def take_an_item_out(self: Any, given: Any) -> Any:
+    return given.pop("x") * 2
+
+
+def append(self: Any, given: Any) -> Any:
+    given.append(given[0] * 2)
+    return given[1]
+
+
+def count(self: Any, given: Any) -> Any:
+    given.steps += 1
+    return given.x * 2, given
+
+
+@pytest.mark.parametrize(
+    ("write", "make"),
+    [
+        (set_an_item, lambda x: {"x": x}),
+        (replace_an_item, lambda x: {"x": x}),
+        (take_an_item_out, lambda x: {"x": x}),
+        (append, lambda x: [x]),
+        (count, Batch),
+    ],
+)
+def test_a_write_to_what_holds_the_inputs_is_warned_of_and_what_is_returned_is_complete(write: Any, make: Any) -> None:
+    module, x = Lambda(write), torch.randn(3)
+    model = on_cpu(module)
+    with pytest.warns(BackendWarning, match="writes to a dict, list or dataclass among its arguments"):
+        got = model(make(x))
+    (leaves, spec), (expected, nesting) = flatten(got), flatten(module(make(x)))
+    assert spec == nesting
+    assert all(a == b if isinstance(a, int) else torch.equal(a, b) for a, b in zip(leaves, expected, strict=True))
+    assert model.report().calls_by_engine == 1
+
+
+def test_nested_arguments_that_stay_as_they_are_bring_no_warning() -> None:
+    model = on_cpu(Lambda(lambda self, given, batch, *, size: dict(given, y=batch.x * given["x"][0] + size[0])))
+    model({"x": [torch.ones(2), 1.5, None]}, Batch(torch.ones(2), 3), size=torch.Size([2]))
 
 
 # --- attributes ---

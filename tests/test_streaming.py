@@ -48,6 +48,13 @@ def test_arrays_become_tensors_that_share_their_memory_however_deep() -> None:
     assert isinstance(kwargs["a"][1]["b"], torch.Tensor)
 
 
+def test_a_flipped_array_is_served() -> None:
+    pixels = np.arange(12.0, dtype=np.float32).reshape(2, 2, 3)
+    for flipped in (pixels[..., ::-1], pixels[::-1, :, 1:]):
+        (got,) = doubling().stream([flipped])
+        assert np.array_equal(got.numpy(), 2 * flipped)
+
+
 def test_the_result_of_preprocess_is_read_like_a_batch() -> None:
     x = torch.ones(2)
     assert preprocessed((x,), {"y": 1}, None) == ((x,), {"y": 1})

@@ -136,6 +136,26 @@ def write_a_buffer(module: nn.Module) -> None:
     module.norm.running_mean.add_(1)
 
 
+def transpose_data(module: nn.Module) -> None:
+    module.second.weight.data = module.second.weight.data.transpose(0, 1)
+
+
+def narrow_data(module: nn.Module) -> None:
+    module.fc.weight.data = module.fc.weight.data[:4]
+
+
+def hook_before(module: nn.Module) -> None:
+    module.fc.register_forward_pre_hook(lambda *_: None)
+
+
+def hook_after(module: nn.Module) -> None:
+    module.fc.register_forward_hook(lambda *_: None)
+
+
+def set_a_mode(module: nn.Module) -> None:
+    module.norm.train()
+
+
 def restyle(module: nn.Module) -> None:
     nn.utils.parametrizations.weight_norm(module.fc)
 
@@ -154,6 +174,7 @@ NEW_VALUES = {
     "an operation in place": in_place,
     "torch._foreach_add_": foreach,
     ".data = another tensor": swap_data,
+    ".data = a transpose of it": transpose_data,
     "a write to a buffer": write_a_buffer,
     "share_memory": share_memory,
 }
@@ -174,6 +195,10 @@ NEW_STRUCTURE = {
     "a removed bias": remove_bias,
     "double()": move_to_double,
     "a parametrization": restyle,
+    ".data = a part of it": narrow_data,
+    "a hook before a submodule": hook_before,
+    "a hook after a submodule": hook_after,
+    "a submodule's mode": set_a_mode,
 }
 ALL = {**NEW_VALUES, **NEW_OBJECTS, **NEW_STRUCTURE}
 
@@ -200,8 +225,10 @@ def read_everything(module: nn.Module) -> None:
     module.requires_grad_(False)
     module.requires_grad_(True)
     module.zero_grad()
+    module.train()
     module.eval()
     module.register_forward_hook(lambda *_: None)
+    module.register_forward_pre_hook(lambda *_: None)
     module.note = "an attribute"
     other = small_conv_net()
     other(torch.randn(2, 3, 8, 8)).sum().backward()
@@ -216,6 +243,20 @@ def test_the_watch_does_not_fire_for_anything_else() -> None:
     watch = WeightWatch(module)
     read_everything(module)
     gc.collect()
+    assert not watch.changed()
+    assert not watch.structure_changed()
+
+
+def test_a_removed_hook_is_seen_and_what_is_accepted_in_training_mode_counts_as_in_eval_mode() -> None:
+    module = small_conv_net()
+    handle = module.fc.register_forward_hook(lambda *_: None)
+    watch = WeightWatch(module)
+    handle.remove()
+    assert watch.structure_changed()
+    module.train()
+    assert not WeightWatch(module).structure_changed()
+    watch.accept()
+    module.eval()
     assert not watch.changed()
     assert not watch.structure_changed()
 
@@ -287,6 +328,16 @@ def test_a_helper_that_comes_later_takes_over_without_missing_a_write(monkeypatc
     with torch.no_grad():
         quiet.fc.bias.add_(1)
     assert watches[0].changed()
+
+
+def test_parts_of_two_states_are_never_the_same() -> None:
+    if (compiled := helper.wait()) is None:
+        pytest.skip(f"no compiled helper: {helper.problem}")
+    tensors, modes = (torch.ones(2), torch.ones(3)), (False,)
+    whole = compiled.snapshot(tensors)
+    assert compiled.same((), (), tensors, whole, ({"training": False},), modes)
+    assert not compiled.same((), (), tensors, whole[: len(whole) // 2], ({"training": False},), modes)
+    assert not compiled.same((), (), tensors, whole, ({"training": False},) * 2, modes)
 
 
 def test_parameters_that_are_parts_of_one_vector_are_told_from_others_that_share_memory() -> None:

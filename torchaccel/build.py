@@ -269,7 +269,7 @@ class Builder:
         options, is_half = self.options, self.options.precision == "fp16"
         with suppress(RuntimeError):  # PyTorch may lack a kernel at this precision, or memory: then the figures must do
             if not reproduced(leaves, reference(self.module, call, tensors).leaves):
-                return _NOT_REPRODUCED
+                return _NOT_REPRODUCED + _training_modes(self.module)
             if not_finite or is_half:
                 wider = PRECISIONS["bf16"] if is_half else None
                 if wider and built.backend.honours(wider, tensors[0].device):
@@ -295,6 +295,12 @@ class Builder:
 def describe(tensors: Sequence[torch.Tensor]) -> str:
     """The shapes and dtypes of a call's tensors, such as `float32[8, 3, 224, 224]`."""
     return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
+
+
+def _training_modes(module: nn.Module) -> str:
+    """What to do about submodules that are in training mode while the module is not; "" where there are none."""
+    names = [repr(name) for name, child in module.named_modules() if name and child.training]
+    return f" Its submodules {', '.join(names)} are in training mode: call eval() on them." if names else ""
 
 
 def _measure_outside(record: EngineRecord, runner: Runner) -> None:

@@ -15,9 +15,11 @@ from torchaccel.errors import BackendWarning, BuildError, InputError, TorchAccel
 from torchaccel.precision import Precision
 from torchaccel.prepare import drop_dead_casts, fold_batch_norm, prepare, weight_nodes, weight_rules
 from torchaccel.program import Program, count_operators, drop_weights
+from torchaccel.purity import attributes
 from torchaccel.quiet import quiet
 from torchaccel.refusals import explain, refuse_random_numbers
 from torchaccel.signature import Call, OutputSpec, split_outputs
+from torchaccel.weights import module_tensors
 
 PREFIX = "module."
 
@@ -106,7 +108,7 @@ def capture(
     outputs = flat.found.outputs
     if outputs is None or not exported.graph_signature.user_outputs:
         raise BuildError("the module computes no tensor for these inputs, so there is nothing to compile.")
-    _warn_of_loose_tensors(exported, module)
+    _warn_of_loose_tensors(exported, module, flat.module)
     refuse_random_numbers(exported.graph_module, type(module).__name__)
     drop_dead_casts(exported)
     rules = weight_rules(exported, PREFIX)
@@ -135,18 +137,37 @@ def _release(prepared: nn.Module, exported: ExportedProgram) -> None:
             tensor.untyped_storage().resize_(0)
 
 
-def _warn_of_loose_tensors(exported: ExportedProgram, module: nn.Module) -> None:
-    """A tensor that is a plain attribute is a constant of the engine: say so, since the module may change it."""
+def _warn_of_loose_tensors(exported: ExportedProgram, module: nn.Module, prepared: nn.Module) -> None:
+    """A tensor that is a plain attribute is a constant of the engine: say so, since the module may change it.
+
+    So is one in a plain list or dict, or of a module there, which the program's constants are found by in the prepared
+    copy.
+    """
     specs = exported.graph_signature.input_specs
     names = [str(spec.target).removeprefix(PREFIX) for spec in specs if spec.kind is InputKind.CONSTANT_TENSOR]
-    loose = [name for name in names if _is_attribute(module, name)]
+    held = _tensors_in_containers(prepared)
+    constants = [tensor for tensor in exported.constants.values() if isinstance(tensor, torch.Tensor)]
+    listed = {held[tensor.untyped_storage()._cdata] for tensor in constants if tensor.untyped_storage()._cdata in held}
+    loose = [*(name for name in names if _is_attribute(module, name)), *sorted(listed)]
     if loose:
         warnings.warn(
             f"{type(module).__name__} computes with tensors that are neither parameters nor buffers "
-            f"({', '.join(loose)}): engines keep the values of now. Use register_buffer to have changes followed.",
+            f"({', '.join(loose)}): engines keep the values of now. Use register_buffer, "
+            f"nn.ParameterList or nn.ModuleList to have changes followed.",
             BackendWarning,
             stacklevel=2,
         )
+
+
+def _tensors_in_containers(module: nn.Module) -> dict[int, str]:
+    """The storages of tensors, and of modules' tensors, in lists, dicts and the like, with the attribute's name."""
+    found = {}
+    for name, (value, contents) in attributes(module).items():
+        for item in value if isinstance(value, tuple) else contents or ():
+            for tensor in module_tensors(item).values() if isinstance(item, nn.Module) else (item,):
+                if isinstance(tensor, torch.Tensor):
+                    found[tensor.untyped_storage()._cdata] = name
+    return found
 
 
 def _is_attribute(module: nn.Module, name: str) -> bool:

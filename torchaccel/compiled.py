@@ -41,8 +41,9 @@ class CompiledModule(nn.Module):
         return object.__new__(class_for(*kinds))
 
     def __init__(self, state: State) -> None:
-        # The module's own dictionaries, not copies: what is registered on one is registered on the other.
-        shared = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
+        # The module's own dictionaries, not copies: what is registered on one is registered on the other. That of the
+        # submodules is asked for each time, since `del` on a Sequential puts another in its place.
+        shared = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)} - {"_modules"}
         self.__dict__.update({name: value for name, value in state.module.__dict__.items() if name in shared})
         self.__dict__["_state"] = state
         self.__dict__["_keywords"] = keyword_names(state.module.forward)

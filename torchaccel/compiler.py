@@ -28,7 +28,8 @@ from torchaccel.report import RaceRecord, Report
 from torchaccel.runner import Pool
 from torchaccel.state import State, describe_device, module_device
 from torchaccel.streaming import read_batch
-from torchaccel.weights import WeightStore
+from torchaccel.watch import why_unwatched
+from torchaccel.weights import WeightStore, module_tensors
 
 _ALL: tuple[Backend, ...] = (TorchTensorRT(), OnnxTensorRT(), Fused(), Inductor(), Eager())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
@@ -235,6 +236,12 @@ def _check_module(module: nn.Module, options: Options) -> None:
     for name, child in module.named_modules():
         if isinstance(child, CompiledModule):
             raise OptionError(f"its submodule {name!r} is compiled already: put its `.module` there, and compile all.")
+        if isinstance(child, torch.jit.ScriptModule):
+            what = f"its submodule {name!r}" if name else "module"
+            raise OptionError(f"{what} is TorchScript, which cannot be captured: give what it was scripted from.")
+    for name, tensor in module_tensors(module).items():
+        if problem := why_unwatched(tensor):
+            raise OptionError(f"{name!r} of {type(module).__name__} {problem}")
     hidden = [name for name in ITS_OWN if hasattr(module, name)]
     if hidden:
         warnings.warn(

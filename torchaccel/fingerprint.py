@@ -20,8 +20,13 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> Fingerprint:
     raw: dict[torch.device, list[torch.Tensor]] = {}
     with torch.inference_mode(False):
         for tensor in tensors:
-            raw.setdefault(tensor.device, []).append(_bytes(tensor.detach().contiguous()))
+            raw.setdefault(tensor.device, []).append(_bytes(_written_out(tensor.detach())))
         return tuple(torch.stack([_weighted_sum(chunk) for chunk in _chunks(parts)]) for parts in raw.values())
+
+
+def _written_out(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in contiguous memory, with nothing left to do when it is read, as PyTorch leaves `conj()`."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,10 +86,12 @@ class PendingCheck:
         """Enqueue the comparison on the current stream; it takes the place of one that is under way."""
         found = differs(now, then)
         if found is None:
-            found = torch.tensor(not equal(now, then))
+            found = torch.tensor(not equal(now, then), device="cpu")
         self._done = None
         if found.is_cuda:
-            self._found = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(found, non_blocking=True)
+            self._found = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(
+                found, non_blocking=True
+            )
             self._done = torch.cuda.Event()
             self._done.record(torch.cuda.current_stream(found.device))
         else:

@@ -1,5 +1,6 @@
 """The gate: an engine's outputs against the module's own, all of them, before it serves."""
 
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.precision import tf32_state
 from torchaccel.purity import Trace
 from torchaccel.report import GateRecord, OutputError
-from torchaccel.signature import Call, OutputSpec, flatten
+from torchaccel.signature import Call, OutputSpec, fill, flatten
 
 # Below this root mean square an output counts as zero: fp16 has nothing but subnormal numbers there.
 FLOOR_RMS = 1e-6
@@ -81,9 +82,24 @@ def _observe(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> 
     with torch.inference_mode(False):
         clones = tuple(tensor.detach().clone() for tensor in tensors)
     trace = Trace(module, clones)
-    leaves, spec = flatten(run_module(module, call, clones, tf32=False, autocast=False))
+    args, kwargs = call.arguments(clones)
+    leaves, spec = flatten(_run(module, args, kwargs, tf32=False, autocast=False))
     trace.refuse_writes()
+    _warn_of_containers(module, call, clones, args, kwargs)
     return Reference(tuple(leaves), spec, clones), trace.changed_attributes()
+
+
+def _warn_of_containers(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], args: Any, kwargs: Any) -> None:
+    """Say so where the module has put something else into the dicts, lists or dataclasses among its arguments."""
+    leaves, spec = flatten((args, kwargs))
+    if spec == call.spec and all(map(operator.is_, leaves, fill(call.template, tensors))):
+        return
+    warnings.warn(
+        f"{type(module).__name__} writes to a dict, list or dataclass among its arguments: engines run no Python, and "
+        f"leave the caller's as it is. What the module returns is complete.",
+        BackendWarning,
+        stacklevel=2,
+    )
 
 
 def reproduced(one: Sequence[object], other: Sequence[object]) -> bool:
@@ -95,7 +111,10 @@ def reproduced(one: Sequence[object], other: Sequence[object]) -> bool:
 
 def run_module(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], *, tf32: bool, autocast: bool) -> Any:
     """The module's forward (its root hooks are the caller's business) without autograd."""
-    args, kwargs = call.arguments(tensors)
+    return _run(module, *call.arguments(tensors), tf32=tf32, autocast=autocast)
+
+
+def _run(module: nn.Module, args: Any, kwargs: Any, *, tf32: bool, autocast: bool) -> Any:
     with torch.inference_mode(False), torch.no_grad(), tf32_state(tf32):
         if autocast:
             return module.forward(*args, **kwargs)

@@ -234,7 +234,7 @@ class Runner:
         if not tensor.is_cpu:
             return tensor
         if not (reuse_pinned and tensor.is_pinned()):
-            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach())
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor.detach())
         return tensor.to(self.pool.device, non_blocking=True)
 
     def _capture(self) -> None:
@@ -292,7 +292,7 @@ class Runner:
 
 def to_host(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Device tensors as CPU tensors of the caller's own, through pinned memory; waits for them."""
-    pinned = [torch.empty(result.shape, dtype=result.dtype, pin_memory=True) for result in results]
+    pinned = [torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True) for result in results]
     for target, result in zip(pinned, results, strict=True):
         target.copy_(result, non_blocking=True)
     torch.cuda.current_stream(results[0].device).synchronize()

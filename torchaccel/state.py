@@ -144,6 +144,8 @@ class State:
             if tensor.layout is not torch.strided:
                 layout = str(tensor.layout).removeprefix("torch.")
                 raise InputError(f"input {index} is {layout}; engines take dense (strided) tensors: use .to_dense().")
+            if tensor.is_quantized:
+                raise InputError(f"input {index} is quantized ({tensor.dtype}): use .dequantize(), or .int_repr().")
             if tensor.device.type != "cpu" and tensor.device != self.device:
                 raise InputError(
                     f"input {index} is on {tensor.device}, and the model on {self.device}: move one of them with .to()."
@@ -263,7 +265,9 @@ class State:
         self.runners.clear()
         self.built.clear()
         self.build.store.clear()
-        self.report.events.append("the module's structure, attributes, dtypes or device changed: engines are new")
+        self.report.events.append(
+            "the module's structure, hooks, modes, attributes, dtypes or device changed: engines are new"
+        )
         device = module_device(self.module) or self.device
         if device != self.device:
             calls = self.pool.calls

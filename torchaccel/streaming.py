@@ -25,17 +25,22 @@ Preprocess = Callable[..., Any]
 def read_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch as the arguments of a call: a tuple or list is positional, a dict is keywords, the rest is one argument.
 
-    NumPy arrays become tensors that share their memory.
+    NumPy arrays become tensors that share their memory, where PyTorch can have such: a flipped one is copied.
 
     >>> read_batch((1, np.zeros(2)))
     ((1, tensor([0., 0.], dtype=torch.float64)), {})
     """
-    batch = pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
+    batch = pytree.tree_map(lambda leaf: _as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
     if isinstance(batch, dict):
         return (), batch
     return (batch,), {}
+
+
+def _as_tensor(array: "np.ndarray[Any, Any]") -> torch.Tensor:
+    """Channels reversed by `[..., ::-1]`, as OpenCV's users do, have a negative stride, which no tensor has."""
+    return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array)
 
 
 def preprocessed(
@@ -65,7 +70,7 @@ class _Slot:
         """This slot's pinned buffer for the batch's tensor number `index`."""
         key = (index, shape, dtype)
         if key not in self.pinned:
-            self.pinned[key] = torch.empty(shape, dtype=dtype, pin_memory=True)
+            self.pinned[key] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
         return self.pinned[key]
 
 
@@ -246,4 +251,4 @@ class Ring:
 
 
 def _copy_out(result: torch.Tensor) -> torch.Tensor:
-    return torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+    return torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True).copy_(result, non_blocking=True)

@@ -6,7 +6,9 @@ import weakref
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchaccel.fingerprint import Fingerprint, fingerprint
 from torchaccel.helper import helper
@@ -20,12 +22,26 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         watch.note_step(stepped)
 
 
+def why_unwatched(tensor: torch.Tensor) -> str | None:
+    """Why engines cannot have such a tensor among their weights: they copy and watch it by its memory."""
+    if is_lazy(tensor):
+        return "has no shape yet: run the module once on a batch, and compile it then."
+    if tensor.layout is not torch.strided:
+        return f"is {str(tensor.layout).removeprefix('torch.')}; weights are dense (strided) tensors: use .to_dense()."
+    if tensor.is_quantized:
+        return f"is quantized ({tensor.dtype}): use .dequantize()."
+    wraps: bool = is_traceable_wrapper_subclass(tensor)
+    if wraps:
+        return f"is a {type(tensor).__qualname__}, which wraps other tensors: put a plain tensor in its place."
+    return None
+
+
 class WeightWatch:
     """Tells, cheaply, whether a module's tensors are the ones seen last.
 
-    `changed()` compares the identity of every submodule, parameter and buffer, the address and version counter of
-    every tensor, and asks whether an optimizer has stepped since (fused optimizers bump no version). What PyTorch does
-    not track, only `fingerprint` sees.
+    `changed()` compares the identity of every submodule, parameter, buffer and hook of a submodule, each submodule's
+    mode, the address, sizes, strides and version counter of every tensor, and asks whether an optimizer has stepped
+    since (fused optimizers bump no version). What PyTorch does not track, only `fingerprint` sees.
     """
 
     _hooked = False
@@ -42,9 +58,17 @@ class WeightWatch:
     def accept(self) -> None:
         """Take the module as it is now for the state to compare with."""
         self._stepped = False
-        self._dicts: tuple[dict[str, Any], ...] = tuple(
-            place for child in self._module.modules() for place in (child._modules, child._parameters, child._buffers)
+        children = tuple(self._module.modules())
+        self._dicts: tuple[dict[Any, Any], ...] = tuple(
+            place for child in children for place in (child._modules, child._parameters, child._buffers)
         )
+        # The root's own hooks run around the engine, and in its training mode no engine serves.
+        self._dicts += tuple(
+            place for child in children[1:] for place in (child._forward_pre_hooks, child._forward_hooks)
+        )
+        self._attributes = tuple(map(vars, children[1:]))
+        # Those of training are no news: eval() ends them.
+        self._modes = (False,) * len(self._attributes) if self._module.training else self._modes_of_now()
         self._names = [name for place in self._dicts for name in place]
         self._held = tuple(itertools.chain.from_iterable(map(dict.values, self._dicts)))
         self._tensors = tuple(item for item in self._held if isinstance(item, torch.Tensor))
@@ -52,7 +76,9 @@ class WeightWatch:
         self._tracked = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         self._versions = list(map(_version, self._tracked))
-        self._shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._tensors]
+        self._sizes = list(map(torch.Tensor.size, self._tensors))
+        self._strides = list(map(torch.Tensor.stride, self._tensors))
+        self._kinds = [(tensor.dtype, tensor.device) for tensor in self._tensors]
         first: dict[int, int] = {}
         self._sharing = [first.setdefault(id(tensor), place) for place, tensor in enumerate(self._tensors)]
         # Kept, so that new data never lands at the address of the old, where it would look the same.
@@ -72,7 +98,7 @@ class WeightWatch:
             if self._changed_in_python():
                 return True
             self._snapshot = snapshot
-        return not compiled.same(self._dicts, self._held, self._tensors, self._snapshot)
+        return not compiled.same(self._dicts, self._held, self._tensors, self._snapshot, self._attributes, self._modes)
 
     def _changed_in_python(self) -> bool:
         """Every loop over the tensors runs in C: this is a part of each call."""
@@ -82,7 +108,13 @@ class WeightWatch:
             or not all(map(operator.is_, held, self._held))
             or list(map(_version, self._tracked)) != self._versions
             or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
+            or list(map(torch.Tensor.size, self._tensors)) != self._sizes
+            or list(map(torch.Tensor.stride, self._tensors)) != self._strides
+            or self._modes_of_now() != self._modes
         )
+
+    def _modes_of_now(self) -> tuple[bool | None, ...]:
+        return tuple([attributes.get("training") for attributes in self._attributes])
 
     def _any_storage_is_shared(self) -> bool:
         """Whether several tensors are parts of one storage, as `vector_to_parameters` leaves them.
@@ -100,15 +132,17 @@ class WeightWatch:
         return any(len(held) > 1 for held in owners.values())
 
     def structure_changed(self) -> bool:
-        """Whether the change is more than new values: other modules, names, shapes, dtypes, devices, or other ties."""
+        """Whether the change is more than new values: other modules, hooks, modes, shapes, dtypes, devices or ties."""
         fresh = WeightWatch.__new__(WeightWatch)
         fresh._module = self._module
         fresh.accept()
-        same_modules = [m for m in self._held if isinstance(m, torch.nn.Module)] == [
-            m for m in fresh._held if isinstance(m, torch.nn.Module)
-        ]
         same_places = fresh._names == self._names and fresh._sharing == self._sharing
-        return not (same_modules and same_places and fresh._shapes == self._shapes)
+        same_kinds = fresh._sizes == self._sizes and fresh._kinds == self._kinds
+        return not (fresh._code() == self._code() and same_places and same_kinds and fresh._modes == self._modes)
+
+    def _code(self) -> list[Any]:
+        """What is held that is no tensor: submodules and hooks."""
+        return [item for item in self._held if not isinstance(item, torch.Tensor)]
 
     def note_step(self, stepped: set[int]) -> None:
         """An optimizer that holds the parameters with these identities has stepped."""
