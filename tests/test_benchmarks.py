@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import candidates, peers, resnet18, results_file, run, table
+from benchmarks import candidates, first_result, peers, resnet18, results_file, run, table
 from benchmarks.candidates import TIMES, Candidate, check, relate, row
 from benchmarks.table import conclusion, number, tables
 from torchaccel.timing import Comparison, Timing
@@ -52,7 +52,7 @@ def shown(rows, width=80, notes=()):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("module", [candidates, results_file, run, table])
+@pytest.mark.parametrize("module", [candidates, first_result, results_file, run, table])
 def test_the_examples_of_the_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

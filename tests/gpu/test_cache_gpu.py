@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _no_cache: None) -> C
 
 
 def start(backend: str, folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "tests.gpu.cached_process", backend, str(folder)]
+    command = [sys.executable, "-m", "benchmarks.first_result_process", backend, str(folder)]
     environment = {**os.environ, "TORCHACCEL_CACHE_LIMIT_GIB": LIMIT_GIB}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
