@@ -122,6 +122,8 @@ def test_keep_fp32_suggests_names_that_are_close_and_otherwise_lists_what_there_
         check_module_names(many, ["zzzzzz"])
     assert str(caught.value).count("'") == 2 * 21
     assert "…" in str(caught.value)
+    with pytest.raises(OptionError, match=r"There are none\."):
+        check_module_names(nn.Linear(2, 2), ["fc"])
 
 
 def test_keep_fp32_names_of_the_module_are_taken_from_any_iterable() -> None:

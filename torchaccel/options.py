@@ -187,5 +187,7 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
+    if not known:
+        return "There are none."
     shown = ", ".join(map(repr, known[:20])) + (", …" if len(known) > 20 else "")
     return f"There are: {shown}."
