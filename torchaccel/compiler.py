@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchaccel.backends.base import Backend
 from torchaccel.backends.eager import Eager
@@ -73,7 +74,8 @@ def compile(
         dynamic_batch: (min, opt, max): one engine for all batch sizes in that range, at its best at opt.
         device: where to run; None takes the module's GPU, else the current one, else the CPU.
         tolerance: the relative error ‖y−r‖/‖r‖ that each output may have; None takes the precision's own bound.
-        keep_fp32: names of submodules that go on computing in fp32.
+        keep_fp32: names of submodules that go on computing in fp32 in an "fp16" or "bf16" engine. TensorRT-RTX, which
+            has no IEEE fp32, computes them in TF32.
         partial: allow operators outside TensorRT engines, run by PyTorch (torch_tensorrt only).
         cuda_graph: replay engines as captured CUDA graphs.
         max_runners: signatures whose buffers and graphs are kept; the least recently used go first.
@@ -145,8 +147,9 @@ def _compiled(module: nn.Module, options: Options, target: torch.device) -> Comp
         chosen, report.backend_reason = choose(options, target)
         report.backend = chosen.name
         backends: tuple[Backend, ...] = (chosen,)
-        if options.fallback is not None:
-            backends += (require_usable(BACKENDS[options.fallback], options, target),)
+        fallback = options.fallback
+        if fallback is not None and fallback != chosen.name:  # which "auto" may have chosen
+            backends += (require_usable(BACKENDS[fallback], options, target),)
         builder = Builder(module, options, backends, WeightStore(), cache)
     remake = functools.partial(_remade, options)
     return CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
@@ -235,6 +238,13 @@ def _check_module(module: nn.Module, options: Options) -> None:
     for name, child in module.named_modules():
         if isinstance(child, CompiledModule):
             raise OptionError(f"its submodule {name!r} is compiled already: put its `.module` there, and compile all.")
+        if isinstance(child, torch.jit.ScriptModule):
+            what = f"its submodule {name!r}" if name else "module"
+            raise OptionError(f"{what} is TorchScript, which cannot be captured: give the module that it is from.")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            how = "run the module once" if is_lazy(tensor) else "use to_empty() and load_state_dict()"
+            raise OptionError(f"{name} of the module has no values yet: {how}, and compile it then.")
     hidden = [name for name in ITS_OWN if hasattr(module, name)]
     if hidden:
         warnings.warn(
