@@ -261,8 +261,11 @@ def _device(module: nn.Module, options: Options) -> torch.device:
     if options.device is not None:
         return options.device
     held = module_device(module)
-    if held is not None and held.type == "cuda":
-        return held
+    return held if held is not None and held.type == "cuda" else _best_device()
+
+
+def _best_device() -> torch.device:
+    """The current GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -280,8 +283,17 @@ class BackendRow:
 def backends() -> tuple[BackendRow, ...]:
     """The table of backends, each available on this machine or with the reason that it is not.
 
+    One is available where it honours a precision on the current GPU or, where there is none, on the CPU.
+
     >>> [row.name for row in backends()]
     ['torch_tensorrt', 'onnx_tensorrt', 'fused', 'inductor', 'eager']
     """
-    problems = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    device = _best_device()
+    problems = {name: backend.unavailable() or _refusal(backend, device) for name, backend in BACKENDS.items()}
     return tuple(BackendRow(name, problem is None, problem or "") for name, problem in problems.items())
+
+
+def _refusal(backend: Backend, device: torch.device) -> str | None:
+    """Why a backend honours no precision on a device; None where it honours one."""
+    refusals = [backend.honours(precision, device) for precision in PRECISIONS.values()]
+    return None if None in refusals else refusals[0]
