@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns 1 where no engine of torchaccel could be measured."""
     parser = _parser()
     given = parser.parse_args(arguments)
+    path = given.json or results_file.default_path(MODEL)
     try:
+        results_file.require_writable(path)  # now, rather than after minutes of measuring
         plan, module = _plan(given), _module(given.weights)
     except ValueError as error:
         parser.error(str(error))
@@ -40,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(tables(content["rows"], content["warnings"]))
     for line in content["conclusion"]:
         console.print(line, highlight=False, markup=False)
-    path = given.json or results_file.default_path(MODEL)
     results_file.write(path, content)
     console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
     ran = any(row["route"] == "torchaccel" and not row["reason"] for row in content["rows"])
@@ -101,7 +103,8 @@ def _module(weights: str) -> nn.Module:
     if weights == "default":
         try:
             return resnet18(weights=ResNet18_Weights.DEFAULT)
-        except OSError as error:  # urllib's errors are OSErrors
+        # urllib's errors are OSErrors; a RuntimeError says that what came has not the SHA-256 of its name.
+        except (OSError, HTTPException, RuntimeError) as error:
             raise ValueError(f"--weights default could not download them ({error}); use --weights none") from error
     if not Path(weights).is_file():
         raise ValueError(f"--weights {weights!r}: there is no such file; allowed are {WEIGHTS}")

@@ -90,6 +90,18 @@ def _row_problems(row: Any) -> Iterable[str]:
             yield f"{field} stands on {row.get('samples')} samples, which is under {needed}"
 
 
+def require_writable(path: Path) -> None:
+    """Make the folder of a result file to come; raises ValueError where the file cannot be written there."""
+    if path.is_dir():
+        raise ValueError(f"--json {path} is a folder: name a file in it, such as {path / 'resnet18.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write in {path.parent} ({error.strerror}): name another file with --json") from error
+
+
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a result file whole or not at all: a temporary file beside it takes its place.
 

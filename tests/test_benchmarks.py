@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,17 @@ def test_wrong_arguments_are_named_with_what_is_allowed(arguments, message, caps
     assert message in capsys.readouterr().err
 
 
+def test_a_result_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resnet18, "run", lambda *_: pytest.fail("it was measured"))
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "is a folder: name a file in it"), (tmp_path / "file" / "x.json", "cannot write")):
+        with pytest.raises(SystemExit) as caught:
+            resnet18.main(["--json", str(path)])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_file_that_is_no_state_dict_of_the_model_is_named(tmp_path, capsys):
     for name, content in (("tensor.pt", torch.ones(3)), ("other.pt", torch.nn.Linear(2, 2).state_dict())):
         torch.save(content, tmp_path / name)
@@ -348,11 +360,14 @@ def test_a_file_that_is_no_state_dict_of_the_model_is_named(tmp_path, capsys):
     assert "is no state_dict of torchvision's ResNet-18" in capsys.readouterr().err
 
 
-def test_weights_that_cannot_be_downloaded_name_the_way_out(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [OSError("no route to host"), IncompleteRead(b""), RuntimeError("invalid hash value")], ids=repr
+)
+def test_weights_that_cannot_be_downloaded_name_the_way_out(error, monkeypatch, capsys):
     import torchvision.models
 
     def offline(weights=None):
-        raise OSError("no route to host")
+        raise error
 
     monkeypatch.setattr(torchvision.models, "resnet18", offline)
     with pytest.raises(SystemExit):

@@ -17,6 +17,7 @@ from torch import nn
 from tests.helpers import Lambda, assert_fresh, images, in_place, on_cpu, relative_error
 from tests.models import small_conv_net
 from torchaccel.errors import BackendWarning, BuildError, InputError, StaleWeightsError
+from torchaccel.runner import Runner
 from torchaccel.weights import WeightRule
 
 Pair = namedtuple("Pair", "first second")
@@ -530,6 +531,29 @@ def run_threads(count: int, work: Callable[[int], None]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+@pytest.mark.parametrize("name", ["record", "plan_key"])
+def test_calls_of_other_threads_disturb_neither_a_report_nor_a_refresh(name: str) -> None:
+    model = on_cpu(nn.Linear(4, 2).requires_grad_(False), on_weight_change="ignore")  # so no call waits for a refresh
+    for batch in (1, 2, 3):
+        model(torch.ones(batch, 4))
+
+    def meddling(runner: Runner) -> Any:
+        """The attribute, read while another thread calls."""
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=model, args=(torch.ones(1, 4),))
+            thread.start()
+            thread.join()
+        return vars(runner)[name]
+
+    for runner in model._state.runners.values():
+        runner.__class__ = type("Meddled", (Runner,), {name: property(meddling)})
+    if name == "record":
+        assert len(model.report().runners) == 3
+    else:
+        model.refresh()
+        assert model.report().refreshes == 1
 
 
 def test_many_threads_get_their_own_results_and_each_signature_is_built_once() -> None:

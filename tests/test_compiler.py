@@ -178,6 +178,19 @@ def test_a_fallback_that_is_not_needed_is_not_used() -> None:
     assert model.report().engines[0].fell_back_because == ""
 
 
+def test_a_fallback_that_auto_chose_already_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(BACKENDS["inductor"]), "unavailable", lambda self: "there is no compiler")
+    runs = []
+    monkeypatch.setattr(type(BACKENDS["eager"]), "load", lambda *_: runs.append(1) or raise_build_error())
+    with pytest.warns(BackendWarning, match="serves through eager"), pytest.raises(BuildError, match="no engine"):
+        torchaccel.compile(small_conv_net(), "fp32", device="cpu", fallback="eager", inputs=torch.randn(2, 3, 8, 8))
+    assert len(runs) == 1
+
+
+def raise_build_error() -> None:
+    raise BuildError("there is no engine")
+
+
 # --- the device ---
 
 
@@ -217,14 +230,6 @@ def test_a_weight_that_cannot_be_watched_is_refused_with_its_name(make: Any, sai
     module.child.register_buffer("held", make())
     with pytest.raises(OptionError, match=said):
         on_cpu(module)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
-def test_torchscript_is_refused(inside: bool) -> None:
-    scripted = torch.jit.script(nn.Linear(2, 2))
-    with pytest.raises(OptionError, match="submodule '0' is TorchScript" if inside else "module is TorchScript"):
-        on_cpu(nn.Sequential(scripted) if inside else scripted)
 
 
 def test_a_module_without_tensors_can_be_compiled() -> None:

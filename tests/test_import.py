@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torchaccel
+from torchaccel import errors
 
 ROOT = Path(torchaccel.__file__).parents[1]
 SCRIPT = """
@@ -17,6 +18,7 @@ def waited():  # seconds, for a core that others use; the second figure is nanos
     return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 before, started = waited(), time.perf_counter()
 import torchaccel
+from torchaccel import errors
 seconds = time.perf_counter() - started - (waited() - before)
 print(json.dumps({
     "seconds": seconds,
@@ -63,3 +65,8 @@ def test_what_the_package_shows_is_there() -> None:
     assert sorted(torchaccel.__all__) == sorted(set(torchaccel.__all__))
     for name in torchaccel.__all__:
         assert getattr(torchaccel, name).__doc__ or name == "PRECISIONS", name
+
+
+def test_every_error_and_warning_can_be_caught_by_its_name_in_the_package() -> None:
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert kinds <= set(torchaccel.__all__)

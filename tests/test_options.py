@@ -104,6 +104,12 @@ def test_a_combination_that_makes_no_sense_is_refused(options: dict[str, Any]) -
     assert options["backend"] in str(caught.value)
 
 
+def test_keep_fp32_is_refused_where_the_engine_computes_fp32_in_tf32() -> None:
+    with pytest.raises(OptionError, match="keep_fp32 belongs to 'fp16' and 'bf16'"):
+        make_options("tf32", "cpu", ["fc"], None)
+    assert make_options("fp32", "cpu", ["fc"], None).keep_fp32 == ("fc",)
+
+
 def test_a_wrong_name_is_answered_with_the_close_ones() -> None:
     with pytest.raises(OptionError, match=r"'dynamic_batches'.*'dynamic_batch'"):
         compile_with(dynamic_batches=(1, 2, 4))
@@ -122,6 +128,8 @@ def test_keep_fp32_suggests_names_that_are_close_and_otherwise_lists_what_there_
         check_module_names(many, ["zzzzzz"])
     assert str(caught.value).count("'") == 2 * 21
     assert "…" in str(caught.value)
+    with pytest.raises(OptionError, match=r"There are none\."):
+        check_module_names(nn.Linear(2, 2), ["fc"])
 
 
 def test_keep_fp32_names_of_the_module_are_taken_from_any_iterable() -> None:
@@ -147,6 +155,25 @@ def test_what_is_no_module_is_refused(thing: Any) -> None:
 def test_a_compiled_module_is_refused() -> None:
     with pytest.raises(OptionError, match=r"\.module"):
         torchaccel.compile(compile_with(), "fp32", backend="eager", device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+def test_torchscript_is_refused_wherever_it_is() -> None:
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    for module, where in ((traced, "module is"), (nn.Sequential(nn.ReLU(), traced), r"its submodule '1' is")):
+        with pytest.raises(OptionError, match=f"{where} TorchScript.*give the module that it is from"):
+            torchaccel.compile(module, "fp32", backend="eager", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("module", "remedy"),
+    [(nn.Linear(2, 2, device="meta"), "to_empty"), (nn.LazyLinear(2), "run the module once")],
+    ids=["meta", "lazy"],
+)
+def test_a_module_whose_weights_have_no_values_is_refused(module: nn.Module, remedy: str) -> None:
+    with pytest.raises(OptionError, match=f"'weight' of .*Linear has no values yet.*{remedy}"):
+        torchaccel.compile(module.train(), "fp32", backend="eager", device="cpu")
+    assert module.training
 
 
 def test_a_refused_argument_leaves_the_module_as_it_was() -> None:

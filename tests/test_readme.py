@@ -202,6 +202,14 @@ def test_the_bounds_are_those_of_the_gate():
         assert f"| `{name}` | {row.bound:g} | {row.spread} |" in README
 
 
+def test_every_extra_has_its_row():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    table = README.partition("| extra |")[2].partition("\n\n")[0]
+    first = [line.split("|")[1] for line in table.splitlines()[1:]]
+    assert set(re.findall(r"`(\w+)`", " ".join(first))) == set(setup["options.extras_require"])
+
+
 def test_every_backend_has_its_row():
     for row in torchaccel.backends():
         assert f"\n| `{row.name}` |" in README

@@ -37,7 +37,8 @@ def test_a_dynamic_batch_is_one_build_for_all_sizes(sizes: tuple[int, int, int])
     for batch in (sizes[0], sizes[2], sizes[1]):
         x = images(batch)
         assert relative_error(model(x), model.module(x)) < 2e-6
-    assert model.report().builds == 1
+    (engine,) = model.report().engines
+    assert engine.signature == f"float32[{sizes[0]}, 3, 8, 8], batch {sizes[0]} to {sizes[2]}"
     for batch in (sizes[0] - 1, sizes[2] + 1):
         if batch:
             with pytest.raises(InputError, match=rf"the batch is {batch}, outside dynamic_batch="):

@@ -313,6 +313,7 @@ def test_a_comparison_says_which_candidate_wandered(clock):
         ({"device": "cuda:99"}, "device is 'cuda:99'.*None, cpu"),
         ({"device": "tpu"}, "device is 'tpu'.*cpu"),
         ({"device": 1.5}, "device is 1.5"),
+        ({"device": 10**30}, "device is 1000"),
         ({"fn": 3}, "fn is 3; it must be callable"),
     ],
 )
@@ -328,6 +329,7 @@ def test_wrong_arguments_of_measure(arguments, message):
         ({}, {}, "candidates is {}.*mapping"),
         (int, {}, "candidates is .*mapping"),
         ({"a": 3}, {}, r"candidates\['a'\] is 3"),
+        ({1: int}, {}, "names one 1; a name must be a string"),
         ({"a": int}, {"rounds": 0}, "rounds is 0.*from 1 to 100"),
         ({"a": int}, {"rounds": 101}, "rounds is 101.*from 1 to 100"),
         ({"a": int}, {"samples": 0}, "samples is 0"),

@@ -155,7 +155,9 @@ class Builder:
         self, backend: Backend, captured: Captured, call: Call, tensors: Sequence[torch.Tensor], pool: Pool, reason: str
     ) -> tuple[Built, Runner]:
         options, program = self.options, captured.program
-        record = EngineRecord(describe(tensors), backend.name, options.precision, fell_back_because=reason)
+        signature, sizes = describe(tensors), options.dynamic_batch
+        signature += f", batch {sizes[0]} to {sizes[2]}" if sizes else ""
+        record = EngineRecord(signature, backend.name, options.precision, fell_back_because=reason)
         record.export_ms, record.folded_batch_norms = captured.export_ms, program.folded
         backend.lower(program)
 

@@ -114,7 +114,7 @@ class CompiledModule(nn.Module):
     def report(self) -> Report:
         """What was built, how it was checked, and what served the calls so far."""
         state = self._state
-        state.report.runners = [runner.record for runner in state.runners.values()]
+        state.report.runners = [runner.record for runner in state.kept_runners()]
         state.report.calls_by_engine = state.pool.calls
         state.report.device_memory_mib = state.memory_mib()
         return copy.deepcopy(state.report)

@@ -74,7 +74,8 @@ def compile(
         dynamic_batch: (min, opt, max): one engine for all batch sizes in that range, at its best at opt.
         device: where to run; None takes the module's GPU, else the current one, else the CPU.
         tolerance: the relative error ‖y−r‖/‖r‖ that each output may have; None takes the precision's own bound.
-        keep_fp32: names of submodules that go on computing in fp32.
+        keep_fp32: names of submodules that go on computing in fp32 in an "fp16" or "bf16" engine. TensorRT-RTX, which
+            has no IEEE fp32, computes them in TF32.
         partial: allow operators outside TensorRT engines, run by PyTorch (torch_tensorrt only).
         cuda_graph: replay engines as captured CUDA graphs.
         max_runners: signatures whose buffers and graphs are kept; the least recently used go first.
@@ -146,8 +147,9 @@ def _compiled(module: nn.Module, options: Options, target: torch.device) -> Comp
         chosen, report.backend_reason = choose(options, target)
         report.backend = chosen.name
         backends: tuple[Backend, ...] = (chosen,)
-        if options.fallback is not None:
-            backends += (require_usable(BACKENDS[options.fallback], options, target),)
+        fallback = options.fallback
+        if fallback is not None and fallback != chosen.name:  # which "auto" may have chosen
+            backends += (require_usable(BACKENDS[fallback], options, target),)
         builder = Builder(module, options, backends, WeightStore(), cache)
     remake = functools.partial(_remade, options)
     return CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
@@ -238,7 +240,7 @@ def _check_module(module: nn.Module, options: Options) -> None:
             raise OptionError(f"its submodule {name!r} is compiled already: put its `.module` there, and compile all.")
         if isinstance(child, torch.jit.ScriptModule):
             what = f"its submodule {name!r}" if name else "module"
-            raise OptionError(f"{what} is TorchScript, which cannot be captured: give what it was scripted from.")
+            raise OptionError(f"{what} is TorchScript, which cannot be captured: give the module that it is from.")
     for name, tensor in module_tensors(module).items():
         if problem := why_unwatched(tensor):
             raise OptionError(f"{name!r} of {type(module).__name__} {problem}")
@@ -258,8 +260,11 @@ def _device(module: nn.Module, options: Options) -> torch.device:
     if options.device is not None:
         return options.device
     held = module_device(module)
-    if held is not None and held.type == "cuda":
-        return held
+    return held if held is not None and held.type == "cuda" else _best_device()
+
+
+def _best_device() -> torch.device:
+    """The current GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -277,8 +282,17 @@ class BackendRow:
 def backends() -> tuple[BackendRow, ...]:
     """The table of backends, each available on this machine or with the reason that it is not.
 
+    One is available where it honours a precision on the current GPU or, where there is none, on the CPU.
+
     >>> [row.name for row in backends()]
     ['torch_tensorrt', 'onnx_tensorrt', 'fused', 'inductor', 'eager']
     """
-    problems = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    device = _best_device()
+    problems = {name: backend.unavailable() or _refusal(backend, device) for name, backend in BACKENDS.items()}
     return tuple(BackendRow(name, problem is None, problem or "") for name, problem in problems.items())
+
+
+def _refusal(backend: Backend, device: torch.device) -> str | None:
+    """Why a backend honours no precision on a device; None where it honours one."""
+    refusals = [backend.honours(precision, device) for precision in PRECISIONS.values()]
+    return None if None in refusals else refusals[0]

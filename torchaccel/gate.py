@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError
-from torchaccel.precision import tf32_state
+from torchaccel.precision import PRECISIONS, tf32_state
 from torchaccel.purity import Trace
 from torchaccel.report import GateRecord, OutputError
 from torchaccel.signature import Call, OutputSpec, fill, flatten
@@ -179,9 +179,10 @@ def require(record: GateRecord, backend: str, precision: str, advice: str = "") 
     at = f" at batch {record.batch}" if record.batch is not None else ""
     figures = "\n".join(f"  {'ok  ' if output.passed else 'FAIL'} {output}" for output in record.outputs)
     wider = "bf16, which has fp32's range, or " if record.not_finite else ""
-    advice = advice or (
-        f"Try {wider}keep_fp32=[…] for the submodules that need it, or pass tolerance= if the error is acceptable."
-    )
+    finer = f"{wider}keep_fp32=[…] for the submodules that need it"
+    if PRECISIONS[precision].dtype is torch.float32:
+        finer = "another backend"  # there is nothing to keep in fp32
+    advice = advice or f"Try {finer}, or pass tolerance= if the error is acceptable."
     raise AccuracyError(
         f"the {backend} engine at {precision}{at} does not compute what the module does:\n{figures}\n{advice}"
     )

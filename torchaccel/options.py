@@ -65,6 +65,11 @@ class Options:
                 raise OptionError("race_budget_s belongs to backend='fastest'; leave it out, or give that.")
         _check("cache_dir", self.cache_dir, _is_folder, "None (the default folder), False (none) or a folder's path")
         self._check_dynamic_batch()
+        if self.keep_fp32 and self.precision == "tf32":
+            raise OptionError(
+                "keep_fp32 belongs to 'fp16' and 'bf16': TF32 is a setting of a whole engine. Compile at 'fp32', or "
+                "leave it out."
+            )
         if self.partial and self.backend not in ("auto", "fastest", "torch_tensorrt"):
             raise OptionError(
                 f"partial=True lets operators run outside engines, which only backend='torch_tensorrt' (or 'auto', "
@@ -187,5 +192,7 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
+    if not known:
+        return "There are none."
     shown = ", ".join(map(repr, known[:20])) + (", …" if len(known) > 20 else "")
     return f"There are: {shown}."

@@ -118,6 +118,7 @@ class Runner:
         self.outputs = outputs
         self.pool = pool
         self.plan_key: Any = None
+        self.last_use = 0  # the number of the call that it served last
         self.record = RunnerRecord(signature, graph=False)
         self._is_cuda = pool.device.type == "cuda"
         self._engine = engine

@@ -1,11 +1,10 @@
 """What a compiled module holds besides the module: engines by signature, their weights, the report."""
 
 import functools
+import itertools
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +41,7 @@ class State:
     pool: Pool
     remake: Callable[[nn.Module], nn.Module]  # compiles another module with the same options
     built: dict[Any, Built] = field(default_factory=dict)
-    runners: "OrderedDict[Any, Runner]" = field(default_factory=OrderedDict)
+    runners: dict[Any, Runner] = field(default_factory=dict)  # changed under the lock alone, read without it
     stale: str = ""
     warned_of_gradients: bool = False
     _print: Fingerprint | None = None
@@ -50,6 +49,7 @@ class State:
     _attribute_was_set: bool = False
     _of_the_parent: Any = None  # in a forked child: the engines on a GPU, which are not to be used there
     _calls_since_check: int = 0
+    _uses: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
@@ -66,7 +66,7 @@ class State:
         self._lock = threading.RLock()
         if self.device.type == "cuda":  # kept, since to free them would call CUDA
             self._of_the_parent = self.runners, self.built, self._print, self._check
-            self.runners, self.built, self._print, self._check = OrderedDict(), {}, None, PendingCheck()
+            self.runners, self.built, self._print, self._check = {}, {}, None, PendingCheck()
 
     def find(self, call: Call) -> Runner:
         """The runner for a call: the one that is there, one more on a plan that is there, or one that is built now."""
@@ -75,8 +75,7 @@ class State:
             making = functools.partial(self._miss, call)
             with uninterrupted():
                 return release_on_exhaustion(making, describe(call.tensors), self.device, self.options.max_runners)
-        with suppress(KeyError):  # another thread has just dropped it; it still serves this call
-            self.runners.move_to_end(call.key)
+        runner.last_use = next(self._uses)
         return runner
 
     def _miss(self, call: Call) -> Runner:
@@ -94,10 +93,10 @@ class State:
                 runner = self._rebuild(built, call, tensors)
             else:
                 runner = built.runner(tensors, self.pool, self.options.cuda_graph)
-            runner.plan_key = key
+            runner.plan_key, runner.last_use = key, next(self._uses)
             self.runners[call.key] = runner
             while len(self.runners) > self.options.max_runners:
-                self.runners.popitem(last=False)
+                del self.runners[min(self.runners, key=lambda used: self.runners[used].last_use)]
             return runner
 
     def _build(self, key: Any, call: Call, tensors: list[torch.Tensor]) -> Runner:
@@ -274,11 +273,15 @@ class State:
             self.device, self.pool, self.report.device = device, Pool(device), describe_device(device)
             self.pool.calls = calls
 
+    def kept_runners(self) -> list[Runner]:
+        """The runners that are kept, the most recently used last; other threads may go on calling."""
+        return sorted(self.runners.values(), key=lambda runner: runner.last_use)
+
     def memory_mib(self) -> float:
         """Device memory of weights, engines, buffers and graphs; zero on a CPU."""
         if self.device.type != "cuda":
             return 0.0
-        runners = list(self.runners.values())
+        runners = self.kept_runners()
         held = self.build.store.size_bytes() + sum(runner.engine_bytes() for runner in runners)
         return held / 2**20 + sum(runner.record.device_mib for runner in runners)
 

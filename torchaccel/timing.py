@@ -402,7 +402,7 @@ def _warn(timings: Mapping[str, Timing], rounds: int | None) -> None:
     needs += [f"an interval needs {INTERVAL_ROUNDS} rounds, not {shared}"] * (shared < INTERVAL_ROUNDS)
     if needs:
         names = ", ".join(name for name, timing in timings.items() if timing.count == fewest)
-        say(f"Too few samples ({names}: {fewest}): {', '.join(needs)}. Pass a larger samples=, or drop those figures.")
+        say(f"Too few samples ({names}: {fewest}): {', '.join(needs)}. Take more samples, or drop those figures.")
     drifts = {name: drift for name, timing in timings.items() if (drift := _drift(timing.samples))}
     if drifts:
         moved = "; ".join(f"{name}: {a:.4g} ms at first, {b:.4g} ms at last" for name, (a, b) in drifts.items())
@@ -442,7 +442,7 @@ def _check_place(device: Any, args: tuple[object, ...], warmup: int | None) -> t
         return torch.device("cuda", torch.cuda.current_device()) if initialised else torch.device("cpu")
     try:
         where = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         where = torch.device("meta")
     if where.type == "cpu" or (where.type == "cuda" and (where.index or 0) < torch.cuda.device_count()):
         return where
@@ -454,6 +454,8 @@ def _check_candidates(candidates: object, samples: Any) -> dict[str, int]:
     if not isinstance(candidates, Mapping) or not candidates:
         raise OptionError(f"candidates is {candidates!r}; it must be a mapping of names to callables: {{'name': fn}}.")
     for name, fn in candidates.items():
+        if not isinstance(name, str):
+            raise OptionError(f"candidates names one {name!r}; a name must be a string.")
         _check_call(f"candidates[{name!r}]", fn)
     counts = samples if isinstance(samples, Mapping) else dict.fromkeys(candidates, samples)
     if set(counts) != set(candidates):

@@ -25,7 +25,9 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def why_unwatched(tensor: torch.Tensor) -> str | None:
     """Why engines cannot have such a tensor among their weights: they copy and watch it by its memory."""
     if is_lazy(tensor):
-        return "has no shape yet: run the module once on a batch, and compile it then."
+        return "has no values yet: run the module once on a batch, and compile it then."
+    if tensor.is_meta:
+        return "has no values yet: use to_empty() and load_state_dict(), and compile it then."
     if tensor.layout is not torch.strided:
         return f"is {str(tensor.layout).removeprefix('torch.')}; weights are dense (strided) tensors: use .to_dense()."
     if tensor.is_quantized:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import torchaccel
 from tests.helpers import captured, relative_error, settled, without_compiler
 from torchaccel.backends.base import Engine, Plan, native_honours
 from torchaccel.compiler import AUTO, BACKENDS
-from torchaccel.errors import BuildError
+from torchaccel.errors import BackendError, BuildError
 from torchaccel.options import BACKENDS as BACKEND_NAMES
 from torchaccel.precision import PRECISIONS
 from torchaccel.program import Program
@@ -95,7 +96,20 @@ def test_it_is_available_or_has_a_reason(name: str) -> None:
     reason = BACKENDS[name].unavailable()
     assert reason is None or (isinstance(reason, str) and len(reason) > 10)
     (row,) = (row for row in torchaccel.backends() if row.name == name)
-    assert (row.available, row.reason) == (reason is None, reason or "")
+    if reason is not None:
+        assert (row.available, row.reason) == (False, reason)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.filterwarnings("ignore:backend='auto'", "ignore:gradients")
+def test_a_backend_that_is_said_to_be_available_serves_here(name: str) -> None:
+    (row,) = (row for row in torchaccel.backends() if row.name == name)
+    assert row.available == (row.reason == "")
+    if row.available:
+        torchaccel.compile(torch.nn.Linear(4, 2), "fp16", backend=name, inputs=torch.ones(3, 4))
+    else:
+        with pytest.raises(BackendError, match=re.escape(row.reason)):
+            torchaccel.compile(torch.nn.Linear(4, 2), "fp16", backend=name)
 
 
 @pytest.mark.parametrize("name", HERE)

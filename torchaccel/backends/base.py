@@ -183,7 +183,7 @@ def gpu_honours(precision: Precision, device: torch.device) -> str | None:
 def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -> str | None:
     """What TensorRT honours: nothing on a CPU, and on a GPU what this TensorRT and the GPU have."""
     if device.type != "cuda":
-        return f"{trt.FLAVOURS[flavour]} needs an NVIDIA GPU, and the module is on {device}"
+        return f"{trt.FLAVOURS[flavour]} needs an NVIDIA GPU, which {device} is not"
     if problem := device_problem(flavour, device.index or 0):
         return problem
     return flavour_honours(flavour, precision) or gpu_honours(precision, device)
