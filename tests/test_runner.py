@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import captured, images
+from tests.models import small_conv_net
 from torchaccel import BuildError
 from torchaccel.backends.base import Engine, NativeEngine
 from torchaccel.precision import PRECISIONS
@@ -156,8 +158,10 @@ def test_a_call_with_too_few_tensors_is_an_error() -> None:
         make(Doubles(), torch.zeros(1), torch.zeros(1))([torch.zeros(1)])
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16"])
-def test_a_native_engine_forbids_tf32_only_where_it_matters_and_restores_it(name: str) -> None:
+@pytest.mark.parametrize(("name", "keep_fp32"), [("fp32", ()), ("fp16", ()), ("fp16", ("fc",))])
+def test_a_native_engine_forbids_tf32_only_where_it_matters_and_restores_it(
+    name: str, keep_fp32: tuple[str, ...]
+) -> None:
     seen: list[Any] = []
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor]:
@@ -166,9 +170,10 @@ def test_a_native_engine_forbids_tf32_only_where_it_matters_and_restores_it(name
 
     before = torch.backends.cudnn.allow_tf32
     assert before is True, "PyTorch's default"
-    (result,) = NativeEngine(run, PRECISIONS[name])(torch.zeros(1))
+    program = captured(small_conv_net(), images(), precision=name, keep_fp32=keep_fp32)
+    (result,) = NativeEngine(run, PRECISIONS[name], program)(torch.zeros(1))
     assert result.item() == 1
-    assert seen == [name != "fp32"]
+    assert seen == [name != "fp32" and not keep_fp32]
     assert torch.backends.cudnn.allow_tf32 is before
 
 

@@ -45,6 +45,13 @@ class Program:
         """Whether it has 2-D convolutions, which PyTorch's own kernels run faster in channels-last."""
         return any(name.startswith("aten.conv2d") for name in self.operators)
 
+    @property
+    def in_fp32(self) -> set[str]:
+        """The operators that compute in float32, such as "conv2d": some may, also where the precision is another."""
+        calls = [node for node in self.exported.graph.nodes if node.op == "call_function"]
+        wide = [node for node in calls if getattr(node.meta.get("val"), "dtype", None) is torch.float32]
+        return {str(node.target).split(".")[1] for node in wide if isinstance(node.target, torch._ops.OpOverload)}
+
     def take_weights(self, store: WeightStore, module: nn.Module, *, channels_last: bool = False) -> None:
         """Put the store's tensors in the place of the captured ones: folded, cast, and shared with other engines."""
         self.channels_last = channels_last and self.convolutional

@@ -137,8 +137,8 @@ class Runner:
         if self._engine.graph_only and self._graph is None:
             raise BuildError(
                 "the engine's results are right in a CUDA graph alone: TensorRT-RTX's tf32 kernels overlap on Hopper "
-                f"GPUs where they must not. There is none: {self.record.why_no_graph}. Ask for 'fp16', 'bf16' or "
-                "another backend."
+                f"GPUs where they must not. There is none: {self.record.why_no_graph}. Ask for 'fp16' or 'bf16' "
+                "without keep_fp32, or for another backend."
             )
         if self._is_cuda:
             # Its buffers go back to the allocator, and its kernels away, only when the device is done with them.

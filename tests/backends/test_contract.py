@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import torchaccel
-from tests.helpers import captured, relative_error, settled, without_compiler
+from tests.helpers import captured, images, relative_error, settled, without_compiler
+from tests.models import small_conv_net
 from torchaccel.backends.base import Engine, Plan, native_honours
 from torchaccel.compiler import AUTO, BACKENDS
 from torchaccel.errors import BackendError, BuildError
@@ -155,22 +156,26 @@ def test_tensorrt_rtx_is_never_asked_for_ieee_fp32(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("flavour", "precision", "capability", "marks"),
+    ("flavour", "compute", "capability", "marks"),
     [
-        ("tensorrt_rtx", "fp16", (9, 0), (True, False)),
-        ("tensorrt_rtx", "tf32", (9, 0), (True, True)),
-        ("tensorrt_rtx", "tf32", (8, 9), (False, False)),
-        ("tensorrt", "tf32", (9, 0), (False, False)),
+        ("tensorrt_rtx", ("fp16", ()), (9, 0), (True, False)),
+        ("tensorrt_rtx", ("fp16", ("fc",)), (9, 0), (True, True)),
+        ("tensorrt_rtx", ("fp16", ("norm",)), (9, 0), (True, False)),
+        ("tensorrt_rtx", ("tf32", ()), (9, 0), (True, True)),
+        ("tensorrt_rtx", ("tf32", ()), (8, 9), (False, False)),
+        ("tensorrt", ("tf32", ()), (9, 0), (False, False)),
     ],
 )
 def test_engines_whose_kernels_overlap_are_marked(
-    flavour: str, precision: str, capability: tuple[int, int], marks: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+    flavour: str, compute: Any, capability: tuple[int, int], marks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchaccel.backends import base
 
+    precision, keep_fp32 = compute
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    program = captured(small_conv_net(), images(), precision=precision, keep_fp32=keep_fp32)
     engine = base.NativeEngine(lambda: (), PRECISIONS[precision])
-    assert base.keep_apart(engine, flavour, PRECISIONS[precision], GPU) is engine
+    assert base.keep_apart(engine, flavour, base.has_fp32_products(program), GPU) is engine
     assert (engine.overlaps, engine.graph_only) == marks
 
 

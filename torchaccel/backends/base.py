@@ -143,11 +143,12 @@ class NativeEngine(Engine):
 
     shares_store = True
 
-    def __init__(self, run: Any, precision: Precision, channels_last: bool = False) -> None:
+    def __init__(self, run: Any, precision: Precision, program: Program | None = None) -> None:
         self._run = run
         self._tf32 = precision.tf32
-        self._matters = precision.dtype is torch.float32
-        self.channels_last = channels_last
+        # Without the program it is not known whether anything in it computes in float32.
+        self._matters = program is None or precision.dtype is torch.float32 or bool(program.in_fp32)
+        self.channels_last = program is not None and program.channels_last
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run it with TF32 as the precision has it, outside inference mode, without autograd or autocast."""
@@ -189,10 +190,25 @@ def tensorrt_honours(flavour: str, precision: Precision, device: torch.device) -
     return flavour_honours(flavour, precision) or gpu_honours(precision, device)
 
 
-def keep_apart(engine: Engine, flavour: str, precision: Precision, device: torch.device) -> Engine:
-    """The engine, marked if its kernels overlap: TensorRT-RTX's do on Hopper GPUs (measured on an H200, with 1.4)."""
+# What TensorRT-RTX computes in TF32 where a program has it in float32.
+_PRODUCTS = {
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"),
+}
+
+
+def has_fp32_products(program: Program) -> bool:
+    """Whether a program has convolutions or matrix products in float32, whatever the precision of the rest."""
+    return not _PRODUCTS.isdisjoint(program.in_fp32)
+
+
+def keep_apart(engine: Engine, flavour: str, fp32_products: bool, device: torch.device) -> Engine:
+    """The engine, marked if its kernels overlap: TensorRT-RTX's do on Hopper GPUs (measured on an H200, with 1.4).
+
+    Those that it computes in TF32 do so often.
+    """
     engine.overlaps = flavour == "tensorrt_rtx" and torch.cuda.get_device_capability(device) >= (9, 0)
-    engine.graph_only = engine.overlaps and precision.tf32
+    engine.graph_only = engine.overlaps and fp32_products
     return engine
 
 
@@ -229,7 +245,7 @@ class TensorRTBacked(Backend):
             manifest["outputs"],
         )
         loaded = _TensorRTEngine(engine, [position for position, _ in manifest["inputs"]])
-        return keep_apart(loaded, manifest["flavour"], plan.precision, device)
+        return keep_apart(loaded, manifest["flavour"], manifest["fp32_products"], device)
 
 
 class _TensorRTEngine(Engine):

@@ -18,4 +18,4 @@ class Eager(NativeBackend):
     def load(self, plan: Plan, device: torch.device) -> Engine:
         """The program as a module on the store's weights."""
         program: Program = plan.payload
-        return NativeEngine(program.exported.module(check_guards=False), plan.precision, program.channels_last)
+        return NativeEngine(program.exported.module(check_guards=False), plan.precision, program)

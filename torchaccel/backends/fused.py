@@ -72,7 +72,7 @@ class FusedEngine(NativeEngine):
     """
 
     def __init__(self, run: Any, precision: Precision, program: Program) -> None:
-        super().__init__(run, precision, program.channels_last)
+        super().__init__(run, precision, program)
         self._channels = _widened_inputs(program)
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

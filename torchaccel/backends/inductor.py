@@ -34,7 +34,7 @@ class Inductor(NativeBackend):
         program: Program = plan.payload
         graph_module = program.exported.module(check_guards=False)
         compiled = torch.compile(graph_module, fullgraph=True, dynamic=program.batch is not None, mode=self._mode)
-        engine = NativeEngine(compiled, plan.precision, program.channels_last)
+        engine = NativeEngine(compiled, plan.precision, program)
         try:
             with quiet():
                 engine(*[engine.input_buffer(index, tensor) for index, tensor in enumerate(program.inputs)])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchaccel import trt
-from torchaccel.backends.base import Plan, TensorRTBacked, tensorrt_honours
+from torchaccel.backends.base import Plan, TensorRTBacked, has_fp32_products, tensorrt_honours
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 from torchaccel.program import Program
@@ -63,6 +63,7 @@ class OnnxTensorRT(TensorRTBacked):
             drop_weights(model, program)
         manifest = {
             "flavour": tensorrt.flavour,
+            "fp32_products": has_fp32_products(program),
             "inputs": list(enumerate(names)),
             "outputs": [value.name for value in model.graph.outputs],
         }

@@ -25,6 +25,7 @@ from torchaccel.backends.base import (
     NativeEngine,
     Plan,
     TensorRTBacked,
+    has_fp32_products,
     keep_apart,
     tensorrt_honours,
 )
@@ -89,7 +90,8 @@ class TorchTensorRT(TensorRTBacked):
         coverage = _coverage(program, settings)
         if not partial or not coverage.engines:
             raise BuildError(_uncovered(coverage.outside))
-        return self._plan(precision, _serialise(compiled, program, device), {"program": True}, coverage)
+        payload, manifest = _serialise(compiled, program, device), {"program": True}
+        return self._plan(program, precision, payload, manifest, coverage)
 
     def rebuild(self, plan: Plan, program: Program, device: torch.device, *, partial: bool = False) -> Plan:
         """Convert the kept program, which is decomposed already, with the new weights; only a whole one is kept."""
@@ -111,21 +113,26 @@ class TorchTensorRT(TensorRTBacked):
         import torch_tensorrt  # noqa: F401 - it registers the operator that the program calls
 
         module = torch.export.load(io.BytesIO(plan.payload)).module()
-        return keep_apart(_PartialEngine(module, plan.precision), _flavour(), plan.precision, device)
+        engine = _PartialEngine(module, plan.precision)
+        return keep_apart(engine, _flavour(), plan.manifest["fp32_products"], device)
 
     def _whole(
         self, program: Program, precision: Precision, engine: tuple[bytes, dict[str, Any]], source: Any = None
     ) -> Plan:
         """The plan of a program that one engine computes."""
         serialised, manifest = engine
-        plan = self._plan(precision, serialised, manifest, Coverage(inside=program.operators, engines=1))
+        coverage = Coverage(inside=program.operators, engines=1)
+        plan = self._plan(program, precision, serialised, manifest, coverage)
         if source is not None:
             drop_weights(source, program.rules)
             plan.source = source
         return plan
 
-    def _plan(self, precision: Precision, payload: bytes, manifest: dict[str, Any], coverage: Coverage) -> Plan:
-        return Plan(self.name, precision, payload, {"flavour": _flavour(), **manifest}, coverage, self.library())
+    def _plan(
+        self, program: Program, precision: Precision, payload: bytes, manifest: dict[str, Any], coverage: Coverage
+    ) -> Plan:
+        manifest = {"flavour": _flavour(), "fp32_products": has_fp32_products(program), **manifest}
+        return Plan(self.name, precision, payload, manifest, coverage, self.library())
 
 
 class _PartialEngine(NativeEngine):
