@@ -20,7 +20,11 @@ from benchmarks.table import conclusion, number, tables
 from torchaccel.timing import Comparison, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT_FILES = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+# Those in git: what anyone measures here, perhaps of code that is not committed yet, is beside them.
+_TRACKED = ("git", "-C", str(ROOT), "ls-files", "benchmarks/results/*.json")
+RESULT_FILES = [
+    ROOT / name for name in subprocess.run(_TRACKED, capture_output=True, text=True, check=False).stdout.split()
+]
 
 
 def candidate(precision, batch, ms, route="torchaccel", backend="torch_tensorrt", **others):

@@ -176,6 +176,12 @@ def test_a_module_whose_weights_have_no_values_is_refused(module: nn.Module, rem
     assert module.training
 
 
+def test_what_torch_export_gives_is_refused() -> None:
+    exported = torch.export.export(nn.Linear(2, 2).eval(), (torch.ones(1, 2),)).module()
+    with pytest.raises(OptionError, match=r"refuses eval\(\).*give the module that it was exported from"):
+        torchaccel.compile(exported, "fp32", backend="eager", device="cpu")
+
+
 def test_a_refused_argument_leaves_the_module_as_it_was() -> None:
     module = SmallConvNet().train()
     for wrong in ({"precision": "fp8"}, {"keep_fp32": ["nothing"]}, {"max_runners": 0}):

@@ -92,7 +92,10 @@ def compile(
     Raises:
         OptionError: an argument is wrong; the message lists what is allowed.
         BackendError: the named backend is not usable here or does not honour the precision on this device.
-        BuildError, AccuracyError: at the first call (or here, given `inputs`).
+        BuildError, AccuracyError: at the first call of a signature (or here, given `inputs`); `DeviceMemoryError`, a
+            BuildError, where memory runs out.
+        InputError: at a call whose inputs no engine can take.
+        StaleWeightsError: at a call after the weights changed, with on_weight_change="raise".
 
     >>> import torch, torchaccel
     >>> module = torch.nn.Linear(4, 2)
@@ -127,7 +130,10 @@ def compile(
     _check_module(module, options)
     target = _device(module, options)
     model = _compiled(module, options, target)
-    module.eval()
+    try:
+        module.eval()
+    except NotImplementedError as error:  # what torch.export gives has neither mode
+        raise OptionError(f"module refuses eval() ({error}): give the module that it was exported from.") from error
     if module_device(module) not in (None, target):
         module.to(target)
     if inputs is not None:
