@@ -17,9 +17,10 @@ from torch.utils import _pytree
 import torchaccel
 from benchmarks.results_file import FIGURES
 from torchaccel.compiler import AUTO, BACKENDS
+from torchaccel.figures import Comparison
 from torchaccel.memory import release
 from torchaccel.precision import PRECISIONS, tf32_state
-from torchaccel.timing import Comparison, measure
+from torchaccel.timing import measure
 
 TIMES = ("min_ms", "mean_ms", "median_ms", "p95_ms", "p99_ms", "cv", "samples", "warmup", "device", "launch_bound")
 

@@ -22,9 +22,10 @@ from benchmarks.candidates import Candidate, baseline, check, noting, ours, refu
 from benchmarks.peers import COMPILE_MODES
 from benchmarks.results_file import document
 from benchmarks.table import conclusion, label, number
+from torchaccel.figures import Comparison
 from torchaccel.precision import PRECISIONS
 from torchaccel.provenance import gpu_state
-from torchaccel.timing import Comparison, compare, measure
+from torchaccel.timing import compare, measure
 
 SEED = 0
 CPU_TOTAL_S, CPU_SAMPLING_S = 75.0, 15.0  # so that two slow cores are done within two minutes

@@ -21,10 +21,11 @@ from torchaccel.backends.base import Plan, tensorrt_honours
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.environment import device_problem, gpus
 from torchaccel.errors import MeasurementWarning, TorchAccelError
+from torchaccel.figures import Timing
 from torchaccel.precision import PRECISIONS
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import split_outputs
-from torchaccel.timing import Timing, measure
+from torchaccel.timing import measure
 
 SAMPLES = 100
 OLDEST = (8, 0)  # what TensorRT-RTX builds for unless it is told otherwise: Ampere and later

@@ -17,7 +17,7 @@ from rich.console import Console
 from benchmarks import candidates, first_result, peers, resnet18, results_file, run, table
 from benchmarks.candidates import TIMES, Candidate, check, relate, row
 from benchmarks.table import conclusion, number, tables
-from torchaccel.timing import Comparison, Timing
+from torchaccel.figures import Comparison, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those in git: what anyone measures here, perhaps of code that is not committed yet, is beside them.

@@ -17,9 +17,9 @@ from torchaccel.backends.base import Backend, Engine, Plan
 from torchaccel.backends.eager import Eager
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BuildError, OptionError
+from torchaccel.figures import Comparison, Timing
 from torchaccel.race import Racer
 from torchaccel.report import RaceRecord
-from torchaccel.timing import Comparison, Timing
 from torchaccel.weights import WeightRule
 
 

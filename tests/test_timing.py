@@ -19,7 +19,8 @@ from rich.console import Console
 
 from torchaccel import timing
 from torchaccel.errors import MeasurementWarning, OptionError
-from torchaccel.timing import Comparison, Ratio, Timing, compare, measure
+from torchaccel.figures import Comparison, Ratio, Timing
+from torchaccel.timing import compare, measure
 
 TIMES = st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=300)
 

@@ -18,6 +18,7 @@ from torchaccel.cache.program_key import NoKeyError
 from torchaccel.cache.results import race_key, remember, remembered
 from torchaccel.cache.store import Cache
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning, DeviceMemoryError, MeasurementWarning
+from torchaccel.figures import Comparison, Ratio
 from torchaccel.memory import release
 from torchaccel.options import RACE_BUDGET_S
 from torchaccel.program import Program
@@ -25,7 +26,7 @@ from torchaccel.report import RaceEntry, RaceRecord
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import Call
 from torchaccel.streaming import Ring
-from torchaccel.timing import Comparison, Ratio, compare
+from torchaccel.timing import compare
 from torchaccel.weights import WeightRule
 
 SAMPLES = (100, 200, 400)  # of each survivor: more, for as long as the lead of the fastest may be noise
