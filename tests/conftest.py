@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import suppress
 
 import pytest
 
@@ -10,6 +11,12 @@ CORES = len(os.sched_getaffinity(0))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each its share of the cores; PyTorch, not imported yet, takes all
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
+with suppress(ImportError):  # tests/gpu does without it
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+    settings.load_profile("no deadline")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,7 +12,7 @@ from torchaccel import fingerprint as module
 from torchaccel.fingerprint import PendingCheck, differs, equal, fingerprint
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_equal_bits_give_equal_prints_and_a_changed_or_exchanged_value_another(data: Any) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64]))

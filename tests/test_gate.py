@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -26,7 +26,6 @@ def error_of(y: Any, r: Any, bound: float = 1e-3) -> Any:
 # --- the figures ---
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), st.integers(0, 99))
 def test_the_relative_error_is_the_norm_of_the_difference_over_the_norm(values: list[float], seed: int) -> None:
     r = torch.tensor(values)

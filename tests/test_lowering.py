@@ -109,7 +109,7 @@ class Shapes(fx.Interpreter):
         return result
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_strided_convolution_on_few_channels_becomes_one_of_stride_1_that_computes_the_same(data: Any) -> None:
     draw = data.draw

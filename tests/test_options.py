@@ -291,7 +291,7 @@ def test_not_even_a_nasty_value_brings_out_another_exception(name: str) -> None:
             assert name == "device"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(name=st.sampled_from([field.name for field in dataclasses.fields(Options)]), value=JUNK)
 def test_whatever_is_given_is_taken_or_refused_with_an_option_error(name: str, value: Any) -> None:
     given_options = {"precision": "fp16", "device": None, "keep_fp32": (), "dynamic_batch": None, name: value}

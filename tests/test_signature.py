@@ -46,7 +46,7 @@ def same(a: Any, b: Any) -> bool:
     return repr(a) == repr(b)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(CALL)
 def test_a_call_comes_together_again(described: Any) -> None:
     args, kwargs = make_call(described)
@@ -59,7 +59,7 @@ def test_a_call_comes_together_again(described: Any) -> None:
     assert again.key == call.key
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(CALL, CALL)
 @example(([("plain", True)], {}), ([("plain", 1)], {}))
 @example(([("plain", 1)], {}), ([("plain", 1.0)], {}))
