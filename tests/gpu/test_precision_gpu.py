@@ -1,5 +1,7 @@
 """Nothing is called FP32 that computed in TF32, and PyTorch's own state comes back."""
 
+import copy
+
 import pytest
 import torch
 
@@ -44,6 +46,20 @@ def test_fp32_is_ieee_and_tf32_is_not(backend: str, graph: bool) -> None:
             errors[precision] = ((model(x).double() - exact).norm() / exact.norm()).item()
     assert errors["fp32"] < 2e-6
     assert 5e-5 < errors["tf32"] < 2e-3
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("backend", ["fused", "inductor", "eager"])
+def test_what_is_kept_in_fp32_in_an_fp16_engine_is_ieee(backend: str, graph: bool) -> None:
+    need(backend)
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3), torch.nn.Flatten(), torch.nn.Linear(64 * 36, 256)).cuda()
+    x = torch.randn(8, 64, 8, 8, device="cuda").half().float()
+    exact = copy.deepcopy(module).double()(x.double()).half()
+    model = torchaccel.compile(module, "fp16", backend=backend, keep_fp32=["0", "1", "2"], cuda_graph=graph)
+    with torch.inference_mode(), tf32_state(True):
+        same = (model(x) == exact).double().mean().item()
+    assert same > 0.98, "TF32's errors are about as large as fp16's last rounding"
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -92,11 +92,15 @@ def repeat(backend: str, precision: str, batch: int, options: dict[str, Any]) ->
     assert differing.item() == 0
 
 
+@pytest.mark.parametrize(("precision", "keep_fp32"), [("tf32", ()), ("fp16", ("fc",))])
 @pytest.mark.parametrize("backend", TENSORRT)
-def test_tf32_without_a_graph_is_refused_where_kernels_overlap(backend: str) -> None:
-    need(backend, "tf32")
+def test_tf32_without_a_graph_is_refused_where_kernels_overlap(
+    backend: str, precision: str, keep_fp32: tuple[str, ...]
+) -> None:
+    need(backend, precision)
     if trt.load().flavour != "tensorrt_rtx" or torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("only TensorRT-RTX's kernels do, on Hopper GPUs")
-    model = torchaccel.compile(SmallConvNet().eval(), "tf32", backend=backend, cuda_graph=False)
+    module = SmallConvNet().eval()
+    model = torchaccel.compile(module, precision, backend=backend, keep_fp32=keep_fp32, cuda_graph=False)
     with torch.inference_mode(), pytest.raises(torchaccel.BuildError, match="in a CUDA graph alone"):
         model(torch.randn(2, 3, 32, 32, device="cuda"))
