@@ -13,6 +13,9 @@ from tests.helpers import Lambda, captured, relative_error
 from torchaccel.layouts import settle_layouts
 
 
+CHANNELS_LAST = torch.channels_last
+
+
 def net(function: Callable[..., Any]) -> nn.Module:
     torch.manual_seed(0)
     return Lambda(function, conv=nn.Conv2d(4, 6, 3), linear=nn.Linear(96, 5), drop=nn.Dropout(inplace=True)).eval()
@@ -53,6 +56,8 @@ WRITES: dict[str, Callable[..., Any]] = {
     "what no longer is a copy": lambda m, x: (y := m.conv(x), y.permute(0, 2, 3, 1).contiguous().mul_(2.0))[0],
     "the viewed": lambda m, x: (y := m.conv(x), y.flatten(1), y.relu_())[1],
     "a part": lambda m, x: (y := m.conv(x), y.split(3, 1)[0].reshape(-1)[:7].mul_(2.0))[0],
+    "a cast to another layout": lambda m, x: (y := m.conv(x), y.float(memory_format=CHANNELS_LAST).mul_(2.0))[0],
+    "a copy in another layout": lambda m, x: (y := m.conv(x), y.to(memory_format=CHANNELS_LAST).mul_(2.0))[0],
     "a result returned twice": lambda m, x: ((y := m.conv(x)), written(y.view(2, -1)), y),
 }
 BY_STRIDES: dict[str, Callable[..., Any]] = {
