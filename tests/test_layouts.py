@@ -12,7 +12,6 @@ import torchaccel
 from tests.helpers import Lambda, captured, relative_error
 from torchaccel.layouts import settle_layouts
 
-
 CHANNELS_LAST = torch.channels_last
 
 

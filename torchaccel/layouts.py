@@ -61,7 +61,7 @@ def settle_layouts(program: ExportedProgram) -> int:
 
 
 def _asks_for_layout(node: fx.Node) -> bool:
-    """Whether an operator is given a memory format, as a cast may be: then it copies in one layout and not in another."""
+    """Whether an operator is given a memory format, as a cast may be: it copies in one layout and not in another."""
     return any(isinstance(argument, torch.memory_format) for argument in (*node.args, *node.kwargs.values()))
 
 

@@ -85,6 +85,7 @@ LEFT: dict[str, Callable[..., Any]] = {
     "convolution added to itself": lambda m, x: (y := m.a(x)).add(y).sigmoid(),
     "scaled sum": lambda m, x: torch.add(x, m.a(x), alpha=2).relu(),
     "broadcast sum": lambda m, x: (m.a(x) + x[:, :, :1, :1]).relu(),
+    "sum with a wider tensor": lambda m, x: (m.a(x) + x.double()).relu(),
     "sum with a number": lambda m, x: (m.a(x) + 1.5).relu(),
     "sum read twice": lambda m, x: (y := m.a(x) + x).relu() * y,
     "uneven padding": lambda m, x: m.even(x).relu(),
