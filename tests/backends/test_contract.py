@@ -181,9 +181,7 @@ def test_engines_whose_kernels_overlap_are_marked(
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("known", [True, False])
-def test_pytorch_s_kernels_never_compute_fp32_in_tf32_in_an_engine_of_another_precision(
-    kept: bool, known: bool
-) -> None:
+def test_what_another_precision_has_in_fp32_is_computed_without_tf32(kept: bool, known: bool) -> None:
     program = captured(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4), precision="fp16", keep_fp32=["0"] * kept)
     seen: list[bool] = []
 
