@@ -207,6 +207,13 @@ def test_bf16_is_proposed_only_where_the_backend_honours_it() -> None:
         build(large(layer()), torch.randn(2, 8), NoBFloat(wrong_from=9), options=Options("fp16", device=CPU))
 
 
+def test_bf16_is_proposed_only_where_it_passes() -> None:
+    torch.manual_seed(0)
+    options = Options("fp16", device=CPU, tolerance=1e-6)
+    with pytest.raises(AccuracyError, match="Nothing that was tried mends it: compile at 'fp32' or 'tf32'"):
+        build(large(layer()), torch.randn(2, 8), Wrong(wrong_from=9), options=options)
+
+
 def test_the_search_is_bounded() -> None:
     torch.manual_seed(0)
     chain = [nn.Identity() for _ in range(MAX_TRIES + 3)]

@@ -12,6 +12,8 @@ import torchaccel
 from tests.helpers import Lambda, captured, relative_error
 from torchaccel.layouts import settle_layouts
 
+CHANNELS_LAST = torch.channels_last
+
 
 def net(function: Callable[..., Any]) -> nn.Module:
     torch.manual_seed(0)
@@ -53,7 +55,20 @@ WRITES: dict[str, Callable[..., Any]] = {
     "what no longer is a copy": lambda m, x: (y := m.conv(x), y.permute(0, 2, 3, 1).contiguous().mul_(2.0))[0],
     "the viewed": lambda m, x: (y := m.conv(x), y.flatten(1), y.relu_())[1],
     "a part": lambda m, x: (y := m.conv(x), y.split(3, 1)[0].reshape(-1)[:7].mul_(2.0))[0],
+    "a cast to another layout": lambda m, x: (y := m.conv(x), y.float(memory_format=CHANNELS_LAST).mul_(2.0))[0],
+    "a copy in another layout": lambda m, x: (y := m.conv(x), y.to(memory_format=CHANNELS_LAST).mul_(2.0))[0],
     "a result returned twice": lambda m, x: ((y := m.conv(x)), written(y.view(2, -1)), y),
+}
+SAME: dict[str, Callable[..., Any]] = {  # what returns its own input
+    "type_as": lambda m, y: y.type_as(m.conv.weight),
+    "dropout": lambda m, y: functional.dropout(y, 0.5, m.training),
+    "dropout2d": lambda m, y: functional.dropout2d(y, 0.5, m.training),
+    "alpha_dropout": lambda m, y: functional.alpha_dropout(y, 0.5, m.training),
+    "feature_alpha_dropout": lambda m, y: functional.feature_alpha_dropout(y, 0.5, m.training),
+}
+WRITES |= {
+    name: lambda m, x, same=same: (y := m.conv(x), y.view(2, -1), same(m, y).mul_(2.0))[1]
+    for name, same in SAME.items()
 }
 BY_STRIDES: dict[str, Callable[..., Any]] = {
     "as_strided": lambda m, x: m.conv(x).as_strided((2, 3), (96, 5)),

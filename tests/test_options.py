@@ -157,6 +157,11 @@ def test_a_compiled_module_is_refused() -> None:
         torchaccel.compile(compile_with(), "fp32", backend="eager", device="cpu")
 
 
+def test_a_module_with_a_compiled_submodule_is_refused_with_its_name() -> None:
+    with pytest.raises(OptionError, match=r"its submodule '1' is compiled already: put its `\.module` there"):
+        torchaccel.compile(nn.Sequential(nn.ReLU(), compile_with()), "fp32", backend="eager", device="cpu")
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning", "ignore:`torch.jit.trace:DeprecationWarning")
 def test_torchscript_is_refused_wherever_it_is() -> None:
     traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))

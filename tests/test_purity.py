@@ -27,6 +27,7 @@ def _no_gradients() -> Any:
 WRITES: dict[str, Any] = {
     "to a view": lambda x: x.view(-1)[1:].zero_(),
     "to a part": lambda x: x.__setitem__((slice(None), 0), 7.0),
+    "that changes nothing this time": lambda x: x.relu_(),
     "behind PyTorch's back": lambda x: x.data.add_(1),
     "through NumPy": lambda x: x.numpy().__setitem__(0, 3.0),
 }
@@ -59,6 +60,18 @@ def test_an_input_with_values_that_are_not_numbers_is_no_write() -> None:
 def test_a_write_to_a_parameter_is_refused_with_its_name() -> None:
     module = Lambda(lambda self, x: self.fc(x) + self.fc.bias.add_(1), fc=nn.Linear(2, 2))
     with pytest.raises(BuildError, match=r"parameters or buffers in eval mode \(fc\.bias\)"):
+        on_cpu(module)(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
+def test_a_tensor_that_the_forward_replaces_is_refused_with_its_name(kind: Any) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.scale = kind(self.scale.detach().clone())
+        return x * self.scale
+
+    module = Lambda(forward)
+    module.scale = kind(torch.ones(2))
+    with pytest.raises(BuildError, match=r"parameters or buffers in eval mode \(scale\)"):
         on_cpu(module)(torch.ones(1, 2))
 
 

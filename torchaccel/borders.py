@@ -55,7 +55,7 @@ def set_border(module: nn.Module, inside: torch.dtype, outside: torch.dtype) -> 
 def before_cast(tensor: torch.Tensor) -> torch.Tensor:
     """What such a submodule returned, before its cast; the tensor itself where it is something else."""
     wide, version = _wide.get(tensor, (tensor, None))
-    return wide if version in (None, tensor._version) else tensor  # written to since: the cast is what counts
+    return wide if version == tensor._version else tensor  # written to since: the cast is what counts
 
 
 def _before_cast(leaf: Any) -> Any:

@@ -51,13 +51,18 @@ def settle_layouts(program: ExportedProgram) -> int:
     for place, node in enumerate(graph.nodes):
         if node.target in _BY_STRIDES:
             pinned |= dict.fromkeys(memory[node])
-        elif node.target in _MAY_COPY:
+        elif node.target in _MAY_COPY or (_asks_for_layout(node) and memory[node] != [node]):
             later = [root for root in memory[node] if written.get(root, -1) > place]
             pinned |= dict.fromkeys(later)
             if not later and node.target in _ROUNDABOUT:
                 node.target = _ROUNDABOUT[node.target]
                 done += 1
     return done + sum(_pin(program, root) for root in pinned)
+
+
+def _asks_for_layout(node: fx.Node) -> bool:
+    """Whether an operator is given a memory format, as a cast may be: it copies in one layout and not in another."""
+    return any(isinstance(argument, torch.memory_format) for argument in (*node.args, *node.kwargs.values()))
 
 
 def _memory(graph: fx.Graph) -> tuple[dict[fx.Node, list[fx.Node]], dict[fx.Node, int]]:

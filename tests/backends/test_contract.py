@@ -15,11 +15,11 @@ from torch import nn
 import torchaccel
 from tests.helpers import captured, images, relative_error, settled, without_compiler
 from tests.models import small_conv_net
-from torchaccel.backends.base import Engine, Plan, native_honours
+from torchaccel.backends.base import Engine, NativeEngine, Plan, native_honours
 from torchaccel.compiler import AUTO, BACKENDS
 from torchaccel.errors import BackendError, BuildError
 from torchaccel.options import BACKENDS as BACKEND_NAMES
-from torchaccel.precision import PRECISIONS
+from torchaccel.precision import PRECISIONS, tf32_state
 from torchaccel.program import Program
 from torchaccel.weights import WeightStore
 
@@ -177,6 +177,21 @@ def test_engines_whose_kernels_overlap_are_marked(
     engine = base.NativeEngine(lambda: (), PRECISIONS[precision])
     assert base.keep_apart(engine, flavour, base.has_fp32_products(program), GPU) is engine
     assert (engine.overlaps, engine.graph_only) == marks
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_what_another_precision_has_in_fp32_is_computed_without_tf32(kept: bool, known: bool) -> None:
+    program = captured(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4), precision="fp16", keep_fp32=["0"] * kept)
+    seen: list[bool] = []
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor]:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return (x,)
+
+    with tf32_state(True):
+        NativeEngine(run, PRECISIONS["fp16"], program if known else None)(torch.ones(1))
+    assert seen == [known and not kept]  # nothing is set where nothing computes in float32
 
 
 def test_backends_never_import_each_other() -> None:

@@ -12,6 +12,7 @@ from tests.models import small_conv_net
 from torchaccel.backends import fused
 from torchaccel.backends.fused import Fused
 from torchaccel.errors import BuildError
+from torchaccel.fused.notes import Notes, note, taking
 from torchaccel.precision import PRECISIONS
 from torchaccel.weights import WeightStore
 
@@ -106,6 +107,39 @@ def test_where_no_route_works_the_error_has_the_reason(program: Any, monkeypatch
     monkeypatch.setitem(fused._ROUTES, "failing", _failing)
     backend = Fused(routes=("failing",))
     with pytest.raises(BuildError, match=r"could not be run .*no kernel for this"):
+        backend.load(backend.build(program, PRECISIONS["fp32"], CPU), CPU)
+
+
+def test_the_faster_route_serves(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fused._ROUTES, "other", fused._plain)
+    monkeypatch.setattr(fused, "_tried", lambda routes, program, device: routes)
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr(fused, "_time_ms", lambda engine, inputs, device: next(times))
+    backend = Fused(routes=("plain", "other"))
+    plan = backend.build(program, PRECISIONS["fp32"], CPU)
+    backend.load(plan, CPU)
+    assert plan.manifest["route"] == "other"
+    assert plan.manifest["routes_ms"] == {"plain": 2.0, "other": 1.0}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_route_that_has_no_memory_is_no_failed_route(
+    known: bool, program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(program: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(fused._ROUTES, "exhausted", exhausted)
+    monkeypatch.setattr(fused, "_tried", lambda routes, program, device: routes)
+    monkeypatch.setattr(fused, "_time_ms", lambda engine, inputs, device: 1.0)
+    routes = ("exhausted", "plain")
+    if known:
+        monkeypatch.setattr(fused, "_fastest", None)  # what an earlier process chose is all that is tried
+    notes = Notes()
+    with taking(notes):
+        note(("route", routes), {"route": "exhausted", "routes_ms": {}, "routes_failed": {}})
+    backend = Fused(routes=routes)
+    with taking(Notes(notes.made if known else None)), pytest.raises(torch.OutOfMemoryError):
         backend.load(backend.build(program, PRECISIONS["fp32"], CPU), CPU)
 
 

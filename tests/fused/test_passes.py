@@ -52,9 +52,11 @@ FUSED: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "depthwise, silu": (lambda m, x: functional.silu(m.depthwise(x), inplace=True), ["silu"]),
     "depthwise, relu6": (lambda m, x: functional.relu6(m.depthwise(x)), ["relu6"]),
     "depthwise, clamp 0 to 6": (lambda m, x: functional.hardtanh(m.depthwise(x), 0.0, 6.0), ["relu6"]),
+    "depthwise, clamp -1 to 1": (lambda m, x: functional.hardtanh(m.depthwise(x)), ["none"]),
     "depthwise, hardswish, residual": (lambda m, x: functional.hardswish(m.depthwise(x) + x), ["+hardswish"]),
     "groups": (lambda m, x: m.grouped(x).relu(), ["relu"]),
     "dilation": (lambda m, x: m.dilated(x).relu(), ["relu"]),
+    "padding by name, dilated": (lambda m, x: m.same_dilated(x).relu(), ["relu"]),
     "padding by name": (lambda m, x: m.same(x).relu(), ["relu"]),
     "no padding by name": (lambda m, x: functional.conv2d(x, m.a.weight, padding="valid").relu(), ["relu"]),
     "relu read twice": (lambda m, x: (y := m.a(x).relu()) * y.mean(), ["relu"]),
@@ -83,12 +85,15 @@ LEFT: dict[str, Callable[..., Any]] = {
     "convolution added to itself": lambda m, x: (y := m.a(x)).add(y).sigmoid(),
     "scaled sum": lambda m, x: torch.add(x, m.a(x), alpha=2).relu(),
     "broadcast sum": lambda m, x: (m.a(x) + x[:, :, :1, :1]).relu(),
+    "sum with a wider tensor": lambda m, x: (m.a(x) + x.double()).relu(),
     "sum with a number": lambda m, x: (m.a(x) + 1.5).relu(),
     "sum read twice": lambda m, x: (y := m.a(x) + x).relu() * y,
     "uneven padding": lambda m, x: m.even(x).relu(),
     "unbatched": lambda m, x: m.a(x[0]).relu(),
     "one-dimensional": lambda m, x: m.line(x[0]).relu(),
     "another activation": lambda m, x: functional.leaky_relu(m.a(x), 0.1),
+    "two filters a channel": lambda m, x: functional.silu(m.doubled(x)),
+    "complex numbers": lambda m, x: functional.conv2d(torch.complex(x, x), torch.complex(*[m.b.weight] * 2)).abs(),
     "view written to": lambda m, x: (y := m.a(x).mul(2), y.view(-1).relu_(), y)[2],
 }
 
@@ -102,7 +107,9 @@ def block(function: Callable[..., Any]) -> nn.Module:
         depthwise=conv(8, groups=8),
         grouped=conv(8, groups=2),
         dilated=conv(8, padding=2, dilation=2),
+        doubled=conv(8, 16, groups=8),
         same=conv(8, padding="same"),
+        same_dilated=conv(8, padding="same", dilation=2),
         even=conv(8, size=2, padding="same"),
         line=nn.Conv1d(6, 6, 3),
     ).eval()
@@ -245,6 +252,12 @@ def test_a_weight_of_two_convolutions_is_not_padded() -> None:
     check(program, module, images(3))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_only_three_channels_are_padded(channels: int) -> None:
+    program = lowered(Lambda(lambda m, x: m.first(x).relu(), first=conv(channels, 8)).eval(), images(channels))
+    assert not any(rule.input_channels for rule in program.rules.values())
+
+
 def test_an_engine_pads_what_is_not_in_its_own_buffer() -> None:
     module = Lambda(lambda m, x: m.first(x).relu(), first=conv(3, 8)).eval()
     program, x = lowered(module, images(3)), images(3)
@@ -279,6 +292,7 @@ def test_depthwise_weights_have_their_channels_innermost_by_rule() -> None:
         (nn.Conv2d(3, 8, 4, 4, padding=2), False),
         (nn.Conv2d(3, 6, 4, 4, groups=3), False),
         (nn.Conv2d(3, 8, 2, 2, dilation=2), False),
+        (nn.Conv2d(3, 8, (4, 5), (4, 5)), False),
     ],
 )
 def test_patches_are_one_matrix_product(layer: nn.Conv2d, taken: bool) -> None:
@@ -312,6 +326,7 @@ def test_max_pooling_is_ours(function: Callable[..., Any]) -> None:
     [
         lambda m, x: functional.max_pool2d(x[0], 3, 2, 1),
         lambda m, x: functional.max_pool2d(x, 3, 2, 1, return_indices=True)[0],
+        lambda m, x: functional.max_pool2d((x * 9).long(), 3, 2, 1),
     ],
 )
 def test_other_max_pooling_is_not(function: Callable[..., Any]) -> None:
@@ -329,6 +344,7 @@ def test_other_max_pooling_is_not(function: Callable[..., Any]) -> None:
         (lambda m, x: m.a(x).relu().mean((-1, -2), keepdim=True), True),
         (lambda m, x: functional.adaptive_avg_pool2d(m.a(x).relu(), 2), False),
         (lambda m, x: m.a(x).relu().mean((1, 2)), False),
+        (lambda m, x: torch.mean(m.a(x).relu(), None), False),
         (lambda m, x: m.a(x).relu().mean((2, 3), dtype=torch.float64), False),
         (lambda m, x: x.tanh().mean((2, 3)), False),  # Inductor merges the two
     ],
@@ -346,6 +362,40 @@ def test_dropout_and_casts_to_the_same_dtype_are_dropped() -> None:
     program = lowered(module, x)
     assert operators(program) == {"mul": 1, "add": 1}
     check(program, module, x)
+
+
+def copied(m: Any, x: torch.Tensor, **options: Any) -> torch.Tensor:
+    y = m.a(x)
+    z = y.to(y.dtype, **options)
+    z.sub_(1)
+    return z * y
+
+
+def dropped(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.a(x)
+    seen = y.view(2, -1)
+    return functional.dropout(y, 0.5, m.training).relu_().flatten(1) * 2 + seen
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (m.a(x) * 3).to(torch.int32).to(torch.float32),
+        lambda m, x: copied(m, x, copy=True),
+        lambda m, x: copied(m, x, memory_format=torch.channels_last),
+        lambda m, x: (m.a(x), x.detach()),
+    ],
+)
+def test_a_cast_that_changes_something_or_copies_is_not_dropped(function: Callable[..., Any]) -> None:
+    module, x = block(function), images()
+    program = lowered(module, x)
+    assert operators(program)["to"] + operators(program)["detach"] >= 1
+    check(program, module, x)
+
+
+def test_what_is_written_behind_a_dropout_is_seen_by_a_view_from_before_it() -> None:
+    module, x = block(dropped), images()
+    check(lowered(module, x), module, x)
 
 
 def test_a_view_of_what_is_channels_last_now_is_copied() -> None:

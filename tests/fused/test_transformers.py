@@ -30,6 +30,7 @@ def test_attention_is_chosen_but_not_where_it_drops_or_groups() -> None:
         (lambda m, x: attend(x, x * 2, x, is_causal=True), 1),
         (lambda m, x: attend(x, x[:, :2], x[:, :2], enable_gqa=True), 0),
         (lambda m, x: attend(x[0], x[0], x[0]), 0),
+        (lambda m, x: attend(x, x[0], x[0]), 0),
     ):
         module = Lambda(function).eval()
         program = lowered(module, x)
@@ -101,6 +102,7 @@ def separate(m: Any, x: torch.Tensor, other: torch.Tensor | None = None) -> list
 
 MERGED = {
     "by attention alone": (lambda m, x: attend(*separate(m, x)), 1),
+    "of a part of the input": (lambda m, x: attend(*separate(m, x.chunk(1, 1)[0])), 1),
     "by others too": (lambda m, x: attend(*(parts := separate(m, x))) + parts[0], 2),
     "of another input": (lambda m, x: attend(*separate(m, x, x * 2)), 2),
     "as a mask": (lambda m, x: attend(*separate(m, x), m.o(x).view(3, 1, 5, 5)), 2),
@@ -130,6 +132,7 @@ MASKS = {
     "full, of a weight": (lambda m, x: attend(x, x, x, m.limit >= torch.zeros(5, 5)), False),
     "full, of an input": (lambda m, x: attend(x, x, x, (x >= x - 1)[0, 0, :, :5]), False),
     "of numbers": (lambda m, x: attend(x, x, x, torch.zeros(5, 5)), False),
+    "of numbers, none of them 0": (lambda m, x: attend(x, x, x, 1 + torch.arange(25.0).view(5, 5)), False),
     "full until it is filled": (lambda m, x: attend(x, x, x, filled_in_part()), False),
 }
 
@@ -164,6 +167,7 @@ ROWS = {
     "in order": (lambda m, x: m.a(x.reshape(15, 8)), False),
     "of another dimension": (lambda m, x: m.b(x.transpose(1, 2)), False),
     "with more to turn": (lambda m, x: m.wide(x.transpose(0, 1)) * 2, False),
+    "that lie apart": (lambda m, x: m.a(x[:, :2].transpose(0, 1)), False),
     "of a part": (lambda m, x: m.part(x.view(5, 3, 2, 4).select(2, 1).transpose(0, 1)), False),
 }
 
@@ -179,6 +183,17 @@ def test_linear_layers_take_rows_as_they_lie(name: str) -> None:
     check(program, module, x)
 
 
+def test_a_layer_does_not_take_rows_that_are_written_after_they_were_copied() -> None:
+    def write(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        copied = y.transpose(0, 1).contiguous()
+        y.view(-1).mul_(3)
+        return m.a(copied)
+
+    module, x = Lambda(write, a=nn.Linear(8, 8)).eval(), torch.randn(5, 3, 8)
+    check(lowered(module, x), module, x)
+
+
 def test_the_result_of_attention_is_laid_out_as_its_queries_are() -> None:
     for order in ([0, 1, 2, 3], [0, 2, 1, 3], [2, 0, 1, 3], [1, 0, 2, 3]):
         module = Lambda(lambda m, x, order=order: attend(*[x.permute(*map(order.index, range(4)))] * 3)).eval()
@@ -190,6 +205,14 @@ def test_the_result_of_attention_is_laid_out_as_its_queries_are() -> None:
 
 # --- matrix products ---
 
+
+def written_between(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    z = m.a(y)
+    y.view(-1).mul_(3)
+    return z.relu()
+
+
 LINEARS = {
     "gelu": (lambda m, x: functional.gelu(m.a(x)), ["gelu"]),
     "gelu by tanh": (lambda m, x: functional.gelu(m.a(x), approximate="tanh"), ["gelu_tanh"]),
@@ -199,7 +222,9 @@ LINEARS = {
     "used twice": (lambda m, x: functional.gelu(y := m.a(x)) + y, ["none"]),
     "more dimensions": (lambda m, x: functional.silu(m.a(x[:, None])), ["silu"]),
     "of no plan": (lambda m, x: m.a(x).tanh(), ["none"]),
+    "its input written in between": (written_between, ["none"]),
     "odd": (lambda m, x: m.odd(x).relu(), []),
+    "odd, of odd rows": (lambda m, x: m.narrow(x[..., :7]).relu(), []),
 }
 
 
@@ -208,7 +233,8 @@ def test_a_linear_layer_takes_in_its_activation(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(cudnn_plans, "possible", lambda x: True)
     monkeypatch.setattr(transformers, "LEAST_PRODUCTS", 1)
     function, expected = LINEARS[name]
-    parts = {"a": nn.Linear(8, 16), "bare": nn.Linear(8, 16, bias=False), "odd": nn.Linear(8, 7)}
+    sizes = {"a": (8, 16), "odd": (8, 7), "narrow": (7, 16)}
+    parts = {name: nn.Linear(*size) for name, size in sizes.items()} | {"bare": nn.Linear(8, 16, bias=False)}
     module, x = Lambda(function, **parts).eval(), torch.randn(3, 5, 8)
     program = lowered(module, x)
     nodes = [node for node in program.exported.graph.nodes if "linear_act" in str(node.target)]

@@ -3,14 +3,16 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
 from tests.fused.programs import check
-from tests.helpers import captured
+from tests.helpers import Lambda, captured
 from torchaccel.fused.graph import aten, put_aten, replace, tidy, value
-from torchaccel.fused.views import rows_in_memory, without_copies
+from torchaccel.fused.views import View, rows_in_memory, without_copies
 
 SHAPE = (4, 6, 1, 8)
 ROWS_DRAWN = 60
@@ -83,4 +85,39 @@ def test_rows_in_memory_are_those_of_the_tensor_in_another_order() -> None:
             replace(program, last, rows.restore(doubled, last))
     tidy(program)
     assert min(found["moved"], found["left"]) >= 5
+    check(program, module, x)
+
+
+@pytest.mark.parametrize(("sizes", "wanted"), [((6, 4), (4, 6)), ((4, 6), (3, 8)), ((4, 6), (2, 3, 4))])
+def test_a_dimension_that_begins_inside_a_factor_is_refused(sizes: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        View(sizes).reshape(wanted)
+
+
+LAST: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "a dimension turned in itself": (
+        lambda y: y.unflatten(1, (2, 3)).transpose(1, 2).contiguous().reshape(4, 6, 8),
+        False,
+    ),
+    "factors of two dimensions": (
+        lambda y: y[:, :, :2].contiguous().unflatten(0, (2, 2)).permute(0, 3, 1, 2).reshape(4, 2, 6),
+        False,
+    ),
+    "nothing copied": (lambda y: y.transpose(0, 1), False),
+    "counted from the end": (lambda y: y.select(-1, -2).unsqueeze(-1).transpose(-3, -2).contiguous(), True),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAST)
+def test_a_copy_goes_where_a_view_stands_for_it(name: str) -> None:
+    function, goes = LAST[name]
+    module, x = Lambda(lambda m, x: function(x * 3) * 2), torch.randn(4, 6, 8)
+    program = captured(module, x)
+    (doubled,) = program.exported.graph.output_node().all_input_nodes
+    (copied,) = doubled.all_input_nodes
+    view = without_copies(copied, doubled)
+    assert (view is not None) == goes
+    if view is not None:
+        doubled.replace_input_with(copied, view)
     check(program, module, x)

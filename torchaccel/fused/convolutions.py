@@ -93,7 +93,7 @@ def _added(add: fx.Node, conv: fx.Node) -> fx.Node | None:
         return None
     given = arguments(add)
     other = given["other"] if given["self"] is conv else given["self"]
-    return other if is_tensor(other) and other is not conv and same_shape(other, conv) else None
+    return other if is_tensor(other) and same_shape(other, conv) else None
 
 
 def _relu(node: fx.Node) -> str:
@@ -125,13 +125,11 @@ def merge_residual_bias(program: Program) -> int:
             continue
         bias, extra = given["bias"], arguments(other)["bias"]
         own = [node for node in (bias, extra) if node in names and len(node.users) == 1]
-        if len(own) < 2 or only_user(other) is not fused or value(bias).dtype != value(extra).dtype:
+        if len(own) < 2 or only_user(other) is not fused:
             continue
         rules = program.rules[names[bias]], program.rules[names[extra]]
         program.rules[names[bias]] = WeightRule((), "sum", value(bias).dtype, parts=rules)
-        other.args, other.kwargs = (*other.args[:2], None, *other.args[3:]), {**other.kwargs}
-        if "bias" in other.kwargs:
-            other.kwargs = {name: argument for name, argument in other.kwargs.items() if name != "bias"}
+        other.update_arg(2, None)
         _fuse_convolution(program, other)
         done += 1
     return done

@@ -59,9 +59,7 @@ def pair(numbers: Any) -> list[int]:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node that alone reads this one, once."""
     users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_function":
-        return None
-    return users[0] if users[0].all_input_nodes.count(node) == 1 and _reads(users[0], node) == 1 else None
+    return users[0] if len(users) == 1 and _reads(users[0], node) == 1 else None
 
 
 def _reads(user: fx.Node, node: fx.Node) -> int:

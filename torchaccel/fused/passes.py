@@ -78,7 +78,7 @@ def write_out_of_place(program: Program) -> int:
     done = 0
     for node in calls(program.exported.graph, *_IN_PLACE):
         x = node.args[0]
-        if not is_tensor(x) or x.target not in _FRESH or not same_shape(x, node) or not _keeps_dtype(node):
+        if not is_tensor(x) or x.target not in _FRESH or not _keeps_dtype(node):
             continue
         order = {other: index for index, other in enumerate(program.exported.graph.nodes)}
         users = [user for user in x.users if user is not node]

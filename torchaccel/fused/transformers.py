@@ -40,9 +40,9 @@ def merge_linears(program: Program) -> int:
     for linear in calls(graph, aten.linear.default):
         given = arguments(linear)
         own = [node for node in (given["weight"], given["bias"]) if node is not None]
-        read = readers(linear)
-        if read and all(node in names and len(node.users) == 1 for node in own) and _only_attended(read, linear):
-            alike[given["input"], len(own), value(own[0]).dtype].append(linear)
+        is_own = all(node in names and len(node.users) == 1 for node in own)
+        if is_own and _only_attended(readers(linear), linear):
+            alike[given["input"], len(own)].append(linear)
     groups = [group for group in alike.values() if len(group) > 1]
     for group in groups:
         _merge(program, group, names)
@@ -133,7 +133,7 @@ def drop_full_masks(program: Program) -> int:
 def _constant(node: fx.Node) -> torch.Tensor | None:
     """The value of a node that depends on no input and no weight, computed on the CPU; None for any other."""
     target: Any = node.target
-    if node.op != "call_function" or mutates(node) or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
         return None
     given = {source: _constant(source) for source in node.all_input_nodes}
     if any(tensor is None for tensor in given.values()) or not is_tensor(node):

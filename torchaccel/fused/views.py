@@ -40,7 +40,7 @@ class View:
         factors = self._dims.pop(dim)
         if len(factors) > 1:
             raise ValueError("what was merged has no single stride to select by")
-        self._fixed += [_Factor(factor.dim, factor.size, factor.step, index % factor.size) for factor in factors]
+        self._fixed += [_Factor(factor.dim, factor.size, factor.step, index) for factor in factors]
 
     def unsqueeze(self, dim: int) -> None:
         """Put in a dimension of one place."""
