@@ -194,6 +194,17 @@ def test_one_that_seems_slower_by_more_than_a_little_does_not_win_by_noise(
     assert outcomes(model.report().races[0]) == {"large": "won", "small": "lost"}
 
 
+def test_a_lead_that_is_small_and_no_noise_wins(compete: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = {"large": (1.0,) * 20, "small": (1.01,) * 20}
+    timed = Comparison({name: Timing(times) for name, times in rounds.items()}, rounds)
+    monkeypatch.setattr(sys.modules[Racer.__module__], "_compare", lambda *_: timed)
+    model = compete(Changed("large", mib=3), Changed("small", mib=2))
+    model(images())
+    (race,) = model.report().races
+    assert outcomes(race) == {"large": "won", "small": "lost"}
+    assert (race.entries[1].ratio, race.winner.ratio) == (1.01, 1.0)
+
+
 def test_nobody_left_is_an_error_with_every_reason(compete: Any) -> None:
     model = compete(Failing(), Changed("wrong", lambda result: result * 2), Absent())
     with pytest.raises(BuildError, match=r"(?s)float32\[2, 3, 8, 8\].*absent: it is not.*failing: it cannot.*wrong: "):

@@ -216,6 +216,36 @@ def test_a_file_of_another_gpu_or_other_versions_is_moved_aside_whole(tiny, tmp_
     assert "The first cell moves it aside" in capsys.readouterr().out
 
 
+def test_what_was_moved_aside_before_is_not_overwritten(tiny, tmp_path):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    for backend in ("fastest", "eager", "fused", "inductor"):
+        ran(path, *cell, "--backend", backend)
+    aside = [tmp_path / f"suite.old-{number}.json" for number in (1, 2, 3)]
+    assert [json.loads(file.read_text())["backend"] for file in aside] == ["fastest", "eager", "fused"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_precisions_of_one_batch_are_cells_of_their_own(tiny, tmp_path):
+    path = tmp_path / "suite.json"
+    ran(path, "--batch", "1", "--precision", "fp16,bf16")
+    ran(path, "--batch", "1", "--precision", "fp16,bf16")
+    assert [cell.precision for cell in tiny] == ["fp16", "bf16"]
+    content = json.loads(path.read_text())
+    assert [one["precision"] for one in content["rows"]] == ["bf16", "bf16", "fp16", "fp16"]
+
+
+def test_a_lost_gpu_ends_the_run_and_the_exit_code_says_so(tiny, tmp_path, monkeypatch, capsys):
+    def lost(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(suite, "release", lost)
+    assert ran(tmp_path / "suite.json", "--batch", "1,2", "--precision", "fp16") == suite.LOST
+    assert [cell.batch for cell in tiny] == [1]
+    said = capsys.readouterr().out
+    assert "The GPU is lost to this process since tiny, fp16, batch 1" in said
+    assert "Cells left: 1." in said
+
+
 def test_cells_of_other_code_stay_until_all_are_measured_and_say_so(tiny, tmp_path):
     path = tmp_path / "suite.json"
     ran(path, "--batch", "1", "--precision", "fp16")
@@ -428,7 +458,8 @@ def test_max_autotune_is_for_two_batches_unless_told_otherwise(monkeypatch):
     assert (plans[2].shape, plans[2].vocabulary) == ((128,), 30522)
     assert plans[2].peers == tuple(peers.NAMES)
     assert plans[0].peers == ("eager", "compile")
-    assert (plans[0].backend, plans[0].race_budget_s) == ("fastest", None)
+    assert (plans[0].backend, plans[0].race_budget_s, plans[0].alike) == ("fastest", None, True)
+    assert (plans[1].model, plans[1].precisions, plans[1].batches) == ("resnet18", ("fp16",), (8,))
     suite._measure(Cell("resnet18", "fp16", 1), GPU, given(GPU, "--peers", "graph", "--race-budget-s", "9"))
     assert (plans[3].peers, plans[3].race_budget_s) == (("graph",), 9.0)
 

@@ -452,6 +452,15 @@ def test_launches_that_bound_the_gpu_are_said(monkeypatch):
     assert result.median_ms == pytest.approx(1.0)
 
 
+def test_launches_bound_the_gpu_where_it_waited_for_most_of_them(monkeypatch):
+    for late, bound in ((40, False), (60, True)):
+        gpu = Gpu(monkeypatch)
+        work = iter([(1.0, 0.1)] * late + [(0.1, 1.0)] * (101 - late))
+        with pytest.warns(MeasurementWarning, match="GPU waited") if bound else nullcontext():
+            result = measure(lambda gpu=gpu, work=work: gpu.launch(*next(work)), warmup=0, device="cuda")
+        assert result.launch_bound is bound
+
+
 def test_a_candidate_does_not_hide_its_launches_behind_the_work_of_another(monkeypatch):
     gpu = Gpu(monkeypatch)
     candidates = {"heavy": lambda: gpu.launch(0.1, 20.0), "launches": lambda: gpu.launch(1.0, 0.1)}
