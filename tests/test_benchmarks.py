@@ -236,6 +236,12 @@ def broken(change):
             lambda content: content["rows"][0].update(samples=99),
             "row 0: p99_ms stands on 99 samples, which is under 100",
         ),
+        (
+            lambda content: content["rows"][0].update(samples=19, p99_ms=None),
+            "row 0: p95_ms stands on 19 samples, which is under 20",
+        ),
+        (lambda content: content["rows"][0].update(median_ms=-1.0), "row 0: median_ms is -1.0"),
+        (lambda content: content["rows"][0].pop("p99_ms"), "row 0: p99_ms is missing"),
         (lambda content: content["rows"][1].update(median_ms=1.0), "row 1: median_ms is set beside a reason"),
     ],
 )
@@ -249,6 +255,7 @@ def test_a_result_file_is_written_whole(tmp_path):
     results_file.write(path, content)
     assert json.loads(path.read_text()) == json.loads(json.dumps(content))
     assert [one.name for one in path.parent.iterdir()] == ["resnet18.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -258,6 +265,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         results_file.write(path, document() | {"schema": 7})
     with pytest.raises(TypeError):
         results_file.write(path, document() | {"settings": object()})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results_file.write(path, document() | {"settings": {"ms": math.nan}})
     monkeypatch.setattr(results_file.os, "replace", lambda source, target: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         results_file.write(path, document())
