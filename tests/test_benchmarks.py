@@ -361,6 +361,15 @@ def test_a_result_file_that_cannot_be_written_is_refused_before_anything_is_meas
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_in_which_nothing_can_be_written_is_named(tmp_path, monkeypatch):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(results_file.tempfile, "TemporaryFile", refused)
+    with pytest.raises(ValueError, match=r"cannot write in .*\(Permission denied\): name another file with --json"):
+        results_file.require_writable(tmp_path / "resnet18.json")
+
+
 def test_a_file_that_is_no_state_dict_of_the_model_is_named(tmp_path, capsys):
     for name, content in (("tensor.pt", torch.ones(3)), ("other.pt", torch.nn.Linear(2, 2).state_dict())):
         torch.save(content, tmp_path / name)

@@ -217,7 +217,7 @@ def test_a_lead_that_is_small_and_no_noise_wins(compete: Any, monkeypatch: pytes
 def test_samples_are_taken_until_the_lead_is_clear_or_the_time_is_spent(
     times_ms: dict[str, float], taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = []
+    counts: list[int] = []
 
     def compare(trials: Any, samples: int, warmup: int, device: torch.device) -> Comparison:
         counts.append(samples)
