@@ -146,6 +146,26 @@ def test_the_fastest_peer_is_compared_with_honestly(peer_ms, said):
     assert rows[2]["versus"]["of"] == "torch_tensorrt"
 
 
+def test_the_fastest_peer_is_that_of_the_same_batch():
+    rows = measured(
+        candidate("fp16", 1, 0.5),
+        candidate("fp16", 32, 5.0),
+        candidate("fp16", 1, 1.0, route="peer", backend="torch.compile"),
+        candidate("fp16", 32, 20.0, route="peer", backend="eager"),
+    )
+    one, other = (line for line in conclusion(rows) if "peer" in line)
+    assert one.startswith("fp16 at batch 1 (torch_tensorrt) is 2.00 times as fast")
+    assert one.endswith("torch.compile.")
+    assert other.startswith("fp16 at batch 32 (torch_tensorrt) is 4.00 times as fast")
+    assert other.endswith("eager.")
+
+
+def test_an_interval_that_begins_or_ends_at_one_is_no_difference():
+    for low, high in ((1.0, 1.1), (0.9, 1.0)):
+        said = table._speed({"value": 1.0, "low": low, "high": high})
+        assert said.startswith("not measurably faster or slower (1.00 times the speed, ")
+
+
 def test_a_ratio_of_one_round_is_told_without_an_interval():
     one, ms = candidate("fp32", 1, 1.0)
     two, _ = candidate("fp16", 1, 0.5)
