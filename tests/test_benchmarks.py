@@ -164,6 +164,7 @@ def test_an_interval_that_begins_or_ends_at_one_is_no_difference():
     for low, high in ((1.0, 1.1), (0.9, 1.0)):
         said = table._speed({"value": 1.0, "low": low, "high": high})
         assert said.startswith("not measurably faster or slower (1.00 times the speed, ")
+    assert table._speed({"value": 0.95, "low": 0.94, "high": 0.96}).startswith("slower, at 0.95 times the speed")
 
 
 def test_a_ratio_of_one_round_is_told_without_an_interval():

@@ -152,7 +152,9 @@ def test_cells_are_measured_once_unless_asked_again(tiny, tmp_path):
     for extra in ((), (), ("--again",)):
         ran(path, "--batch", "1", "--precision", "fp16", *extra)
     assert len(tiny) == 2
-    assert len(json.loads(path.read_text())["rows"]) == 2
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == 2
+    assert [(one["commit"], one["tree"]) for one in content["cells"]] == [(content["commit"], content["tree"])]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', "", "\0\0"])
@@ -197,6 +199,7 @@ def test_a_file_whose_parts_are_not_a_suite_s_is_left_alone_too(tiny, tmp_path, 
     "change",
     [
         lambda content: content["environment"].update(torch="1.0"),
+        lambda content: content["environment"].update(driver="1.0"),
         lambda content: content["libraries"].update(transformers="1.0"),
         lambda content: content["environment"].update(gpus=[{"name": "another"}]),
     ],
