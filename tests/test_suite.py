@@ -271,6 +271,17 @@ def test_cells_of_other_code_stay_until_all_are_measured_and_say_so(tiny, tmp_pa
     assert said.endswith(f"1 at {'1' * 40} (tree 000000000000).")
 
 
+def test_the_tree_says_which_code_a_cell_is_of_and_not_the_commit(tiny, tmp_path):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    for change, measured in (({"commit": "1" * 40}, 1), ({"tree": "0" * 40}, 2)):
+        ran(path, *cell)
+        content = json.loads(path.read_text())
+        content["cells"][0] |= change
+        path.write_text(json.dumps(content))
+        ran(path, *cell)
+        assert len(tiny) == measured
+
+
 def test_another_host_with_the_same_gpu_goes_on():
     content = {"tree": "t", "libraries": {}}
     content["environment"] = {"gpus": [{"name": "H100"}], "cpu": "a", "platform": "b", "torch": "2"}
