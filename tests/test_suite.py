@@ -157,6 +157,14 @@ def test_cells_are_measured_once_unless_asked_again(tiny, tmp_path):
     assert [(one["commit"], one["tree"]) for one in content["cells"]] == [(content["commit"], content["tree"])]
 
 
+def test_what_was_to_be_measured_again_and_was_not_is_left(tiny, tmp_path, capsys):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    ran(path, *cell)
+    assert "Cells left: 0." in capsys.readouterr().out
+    ran(path, *cell, "--again", "--limit-s", "0")
+    assert "Cells left: 1." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', "", "\0\0"])
 def test_a_damaged_file_is_left_alone_and_the_way_out_is_named(tiny, tmp_path, capsys, content):
     path = tmp_path / "suite.json"
