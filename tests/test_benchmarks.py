@@ -146,6 +146,27 @@ def test_the_fastest_peer_is_compared_with_honestly(peer_ms, said):
     assert rows[2]["versus"]["of"] == "torch_tensorrt"
 
 
+def test_the_fastest_peer_is_that_of_the_same_batch():
+    rows = measured(
+        candidate("fp16", 1, 0.5),
+        candidate("fp16", 32, 5.0),
+        candidate("fp16", 1, 1.0, route="peer", backend="torch.compile"),
+        candidate("fp16", 32, 20.0, route="peer", backend="eager"),
+    )
+    one, other = (line for line in conclusion(rows) if "peer" in line)
+    assert one.startswith("fp16 at batch 1 (torch_tensorrt) is 2.00 times as fast")
+    assert one.endswith("torch.compile.")
+    assert other.startswith("fp16 at batch 32 (torch_tensorrt) is 4.00 times as fast")
+    assert other.endswith("eager.")
+
+
+def test_an_interval_that_begins_or_ends_at_one_is_no_difference():
+    for low, high in ((1.0, 1.1), (0.9, 1.0)):
+        said = table._speed({"value": 1.0, "low": low, "high": high})
+        assert said.startswith("not measurably faster or slower (1.00 times the speed, ")
+    assert table._speed({"value": 0.95, "low": 0.94, "high": 0.96}).startswith("slower, at 0.95 times the speed")
+
+
 def test_a_ratio_of_one_round_is_told_without_an_interval():
     one, ms = candidate("fp32", 1, 1.0)
     two, _ = candidate("fp16", 1, 0.5)
@@ -236,6 +257,12 @@ def broken(change):
             lambda content: content["rows"][0].update(samples=99),
             "row 0: p99_ms stands on 99 samples, which is under 100",
         ),
+        (
+            lambda content: content["rows"][0].update(samples=19, p99_ms=None),
+            "row 0: p95_ms stands on 19 samples, which is under 20",
+        ),
+        (lambda content: content["rows"][0].update(median_ms=-1.0), "row 0: median_ms is -1.0"),
+        (lambda content: content["rows"][0].pop("p99_ms"), "row 0: p99_ms is missing"),
         (lambda content: content["rows"][1].update(median_ms=1.0), "row 1: median_ms is set beside a reason"),
     ],
 )
@@ -249,6 +276,7 @@ def test_a_result_file_is_written_whole(tmp_path):
     results_file.write(path, content)
     assert json.loads(path.read_text()) == json.loads(json.dumps(content))
     assert [one.name for one in path.parent.iterdir()] == ["resnet18.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -258,6 +286,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         results_file.write(path, document() | {"schema": 7})
     with pytest.raises(TypeError):
         results_file.write(path, document() | {"settings": object()})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results_file.write(path, document() | {"settings": {"ms": math.nan}})
     monkeypatch.setattr(results_file.os, "replace", lambda source, target: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         results_file.write(path, document())
@@ -350,6 +380,15 @@ def test_a_result_file_that_cannot_be_written_is_refused_before_anything_is_meas
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_named(tmp_path, monkeypatch):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(results_file.tempfile, "TemporaryFile", refused)
+    with pytest.raises(ValueError, match=r"cannot write in .*\(Permission denied\): name another file with --json"):
+        results_file.require_writable(tmp_path / "resnet18.json")
 
 
 def test_a_file_that_is_no_state_dict_of_the_model_is_named(tmp_path, capsys):

@@ -194,6 +194,43 @@ def test_one_that_seems_slower_by_more_than_a_little_does_not_win_by_noise(
     assert outcomes(model.report().races[0]) == {"large": "won", "small": "lost"}
 
 
+def test_a_lead_that_is_small_and_no_noise_wins(compete: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = {"large": (1.0,) * 20, "small": (1.01,) * 20}
+    timed = Comparison({name: Timing(times) for name, times in rounds.items()}, rounds)
+    monkeypatch.setattr(sys.modules[Racer.__module__], "_compare", lambda *_: timed)
+    model = compete(Changed("large", mib=3), Changed("small", mib=2))
+    model(images())
+    (race,) = model.report().races
+    assert outcomes(race) == {"large": "won", "small": "lost"}
+    assert (race.entries[1].ratio, race.winner.ratio) == (1.01, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "taken"),
+    [
+        ({"a": 1.0, "b": 2.0, "c": 3.0}, [1, 100]),
+        ({"a": 1.0, "b": 1.0, "c": 3.0}, [1, 100, 200, 400]),  # one lead of two is no lead
+        ({"a": 50.0, "b": 50.0}, [1, 100, 200]),  # as many as 20 s have room for
+        ({"a": 9000.0, "b": 9000.0}, [1, 5]),
+    ],
+)
+def test_samples_are_taken_until_the_lead_is_clear_or_the_time_is_spent(
+    times_ms: dict[str, float], taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def compare(trials: Any, samples: int, warmup: int, device: torch.device) -> Comparison:
+        counts.append(samples)
+        assert warmup == (1 if len(counts) == 1 else min(20, samples))
+        rounds = {name: (times_ms[name],) * 5 for name in trials}
+        return Comparison({name: Timing(times) for name, times in rounds.items()}, rounds)
+
+    module: Any = sys.modules[Racer.__module__]
+    monkeypatch.setattr(module, "compare", compare)
+    module._compare(dict.fromkeys(times_ms, lambda: None), torch.device("cpu"))
+    assert counts == taken
+
+
 def test_nobody_left_is_an_error_with_every_reason(compete: Any) -> None:
     model = compete(Failing(), Changed("wrong", lambda result: result * 2), Absent())
     with pytest.raises(BuildError, match=r"(?s)float32\[2, 3, 8, 8\].*absent: it is not.*failing: it cannot.*wrong: "):

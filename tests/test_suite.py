@@ -152,7 +152,17 @@ def test_cells_are_measured_once_unless_asked_again(tiny, tmp_path):
     for extra in ((), (), ("--again",)):
         ran(path, "--batch", "1", "--precision", "fp16", *extra)
     assert len(tiny) == 2
-    assert len(json.loads(path.read_text())["rows"]) == 2
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == 2
+    assert [(one["commit"], one["tree"]) for one in content["cells"]] == [(content["commit"], content["tree"])]
+
+
+def test_what_was_to_be_measured_again_and_was_not_is_left(tiny, tmp_path, capsys):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    ran(path, *cell)
+    assert "Cells left: 0." in capsys.readouterr().out
+    ran(path, *cell, "--again", "--limit-s", "0")
+    assert "Cells left: 1." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', "", "\0\0"])
@@ -197,6 +207,7 @@ def test_a_file_whose_parts_are_not_a_suite_s_is_left_alone_too(tiny, tmp_path, 
     "change",
     [
         lambda content: content["environment"].update(torch="1.0"),
+        lambda content: content["environment"].update(driver="1.0"),
         lambda content: content["libraries"].update(transformers="1.0"),
         lambda content: content["environment"].update(gpus=[{"name": "another"}]),
     ],
@@ -214,6 +225,36 @@ def test_a_file_of_another_gpu_or_other_versions_is_moved_aside_whole(tiny, tmp_
     assert len(tiny) == 2
     assert (tmp_path / "suite.old-1.json").read_text() == before
     assert "The first cell moves it aside" in capsys.readouterr().out
+
+
+def test_what_was_moved_aside_before_is_not_overwritten(tiny, tmp_path):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    for backend in ("fastest", "eager", "fused", "inductor"):
+        ran(path, *cell, "--backend", backend)
+    aside = [tmp_path / f"suite.old-{number}.json" for number in (1, 2, 3)]
+    assert [json.loads(file.read_text())["backend"] for file in aside] == ["fastest", "eager", "fused"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_precisions_of_one_batch_are_cells_of_their_own(tiny, tmp_path):
+    path = tmp_path / "suite.json"
+    ran(path, "--batch", "1", "--precision", "fp16,bf16")
+    ran(path, "--batch", "1", "--precision", "fp16,bf16")
+    assert [cell.precision for cell in tiny] == ["fp16", "bf16"]
+    content = json.loads(path.read_text())
+    assert [one["precision"] for one in content["rows"]] == ["bf16", "bf16", "fp16", "fp16"]
+
+
+def test_a_lost_gpu_ends_the_run_and_the_exit_code_says_so(tiny, tmp_path, monkeypatch, capsys):
+    def lost(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(suite, "release", lost)
+    assert ran(tmp_path / "suite.json", "--batch", "1,2", "--precision", "fp16") == suite.LOST
+    assert [cell.batch for cell in tiny] == [1]
+    said = capsys.readouterr().out
+    assert "The GPU is lost to this process since tiny, fp16, batch 1" in said
+    assert "Cells left: 1." in said
 
 
 def test_cells_of_other_code_stay_until_all_are_measured_and_say_so(tiny, tmp_path):
@@ -236,6 +277,17 @@ def test_cells_of_other_code_stay_until_all_are_measured_and_say_so(tiny, tmp_pa
     said = content["conclusion"][-1]
     assert said.startswith("Cells, by the commit of torchaccel: 2 at ")
     assert said.endswith(f"1 at {'1' * 40} (tree 000000000000).")
+
+
+def test_the_tree_says_which_code_a_cell_is_of_and_not_the_commit(tiny, tmp_path):
+    path, cell = tmp_path / "suite.json", ("--batch", "1", "--precision", "fp16")
+    for change, measured in (({"commit": "1" * 40}, 1), ({"tree": "0" * 40}, 2)):
+        ran(path, *cell)
+        content = json.loads(path.read_text())
+        content["cells"][0] |= change
+        path.write_text(json.dumps(content))
+        ran(path, *cell)
+        assert len(tiny) == measured
 
 
 def test_another_host_with_the_same_gpu_goes_on():
@@ -428,7 +480,8 @@ def test_max_autotune_is_for_two_batches_unless_told_otherwise(monkeypatch):
     assert (plans[2].shape, plans[2].vocabulary) == ((128,), 30522)
     assert plans[2].peers == tuple(peers.NAMES)
     assert plans[0].peers == ("eager", "compile")
-    assert (plans[0].backend, plans[0].race_budget_s) == ("fastest", None)
+    assert (plans[0].backend, plans[0].race_budget_s, plans[0].alike) == ("fastest", None, True)
+    assert (plans[1].model, plans[1].precisions, plans[1].batches) == ("resnet18", ("fp16",), (8,))
     suite._measure(Cell("resnet18", "fp16", 1), GPU, given(GPU, "--peers", "graph", "--race-budget-s", "9"))
     assert (plans[3].peers, plans[3].race_budget_s) == (("graph",), 9.0)
 

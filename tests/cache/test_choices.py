@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import images, on_cpu, relative_error
+from tests.helpers import captured, images, on_cpu, relative_error
 from tests.models import small_conv_net
 from torchaccel.__main__ import main
 from torchaccel.backends import fused
 from torchaccel.backends.fused import Fused
 from torchaccel.cache import choices
+from torchaccel.cache.canonical import canonical
 from torchaccel.cache.program_key import NoKeyError
 from torchaccel.cache.store import Cache
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import AccuracyError, CacheWarning, DeviceMemoryError
 from torchaccel.fused import choice
+from torchaccel.precision import PRECISIONS
 
 
 class Machine:
@@ -140,6 +142,14 @@ def test_another_problem_or_machine_is_searched(other: str, machine: Machine, mo
     machine.process(**given)
     assert machine.timed == []
     assert len(machine.cache.entries()) == 2
+
+
+def test_choices_are_of_one_precision_and_one_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, cpu = captured(small_conv_net(), images()), torch.device("cpu")
+    keys = [choices._key(Fused(), program, PRECISIONS[name], cpu) for name in ("fp32", "tf32")]
+    monkeypatch.setattr(Fused, "library", lambda backend: "PyTorch of tomorrow")
+    keys.append(choices._key(Fused(), program, PRECISIONS["fp32"], cpu))
+    assert len({canonical(key) for key in keys}) == 3
 
 
 def test_without_a_cache_or_a_key_every_process_searches(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

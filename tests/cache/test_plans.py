@@ -98,6 +98,9 @@ def test_whatever_an_engine_depends_on_is_another_plan(cache: Cache, monkeypatch
         {"module": changed},
         {"batch": 3},
         {"precision": "bf16"},
+        {"precision": "fp32"},
+        {"precision": "tf32"},
+        {"partial": True},
         {"dynamic_batch": (1, 2, 4)},
         {"gpu": {**H200, "name": "NVIDIA H100"}},
         {"gpu": {**H200, "compute_capability": [8, 9]}},
@@ -107,6 +110,10 @@ def test_whatever_an_engine_depends_on_is_another_plan(cache: Cache, monkeypatch
     others = [key_of(backend, **variant) for variant in variants]
     assert len({key_digest(one) for one in (key, *others)}) == 1 + len(variants)
     assert [key_of(backend, **variant) for variant in variants] == others
+    for name, value in (("library", lambda self: "TensorRT of tomorrow"), ("name", "another")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Counted, name, value)
+            assert key_of(backend) != key, name
     versions = plans.versions()
     for name in versions:
         with monkeypatch.context() as patch:

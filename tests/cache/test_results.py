@@ -14,14 +14,18 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import images, on_cpu, relative_error
+from tests.helpers import captured, images, on_cpu, relative_error
 from tests.models import small_conv_net
 from tests.test_race import Absent, Changed, Failing, slower
 from torchaccel import build, compiler
+from torchaccel.backends.eager import Eager
 from torchaccel.cache import compilers, results
+from torchaccel.cache.canonical import key_digest
+from torchaccel.cache.results import race_key
 from torchaccel.cache.store import Cache
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BuildError, CacheWarning, DeviceMemoryError
+from torchaccel.options import RACE_BUDGET_S, Options
 from torchaccel.timing import compare
 
 PROCESS = """
@@ -158,6 +162,24 @@ def test_another_race_is_run(cache: Cache, field: Any, other: dict[str, Any]) ->
         on_cpu(**model)(x)
         assert field[0].built == count
     assert len(cache.entries()) == 2
+
+
+def test_each_option_and_version_that_decides_a_race_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, tensors = captured(small_conv_net(), images()), [images()]
+
+    def digest(**changed: Any) -> str:
+        given: dict[str, Any] = {"backend": "fastest", "precision": "fp32", "tolerance": 1e-3}
+        return key_digest(race_key([Eager()], program, tensors, Options(**(given | changed))))
+
+    changes: list[dict[str, Any]] = [{"precision": "tf32"}, {"tolerance": 1e-4}, {"objective": "stream"}]
+    changes += [{"partial": True}, {"cuda_graph": False}, {"race_budget_s": 7.0}]
+    found = [digest(), *(digest(**change) for change in changes)]
+    monkeypatch.setattr(results, "distribution_version", lambda name: f"another {name}")
+    found.append(digest())
+    assert len(set(found)) == len(found)
+    assert digest(race_budget_s=RACE_BUDGET_S) == digest()
+    tensors = [images().to(memory_format=torch.channels_last)]
+    assert digest() not in found
 
 
 @pytest.mark.parametrize("other", ["device", "library", "field", "version"])
