@@ -57,11 +57,10 @@ def scripted(clock, times):
 # --- what a Timing says ---
 
 
-@pytest.mark.filterwarnings("ignore::torchaccel.errors.MeasurementWarning")  # on a busy machine it wanders
 def test_a_known_sleep_gives_its_milliseconds():
     result = measure(time.sleep, 0.005, warmup=3)
     assert result.count == 100
-    assert 5 <= result.min_ms <= result.median_ms < 500  # neither seconds nor microseconds
+    assert 5 <= result.min_ms <= result.median_ms < 7
 
 
 def test_samples_are_the_calls_in_milliseconds_and_in_order(clock):
