@@ -262,6 +262,13 @@ def test_a_removed_hook_is_seen_and_what_is_accepted_in_training_mode_counts_as_
     assert not watch.structure_changed()
 
 
+def test_a_submodule_of_another_name_is_another_structure() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    watch = WeightWatch(module)
+    module._modules["renamed"] = module._modules.pop("0")
+    assert watch.structure_changed()
+
+
 def test_an_optimizer_of_some_of_the_parameters_counts() -> None:
     module = small_conv_net()
     watch = WeightWatch(module)
