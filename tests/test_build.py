@@ -107,6 +107,32 @@ def test_a_fallback_is_tried_after_a_failed_gate_with_its_figures() -> None:
     assert "relative error 1 (bound 1e-05)" in built.record.fell_back_because
 
 
+class Rewrites(Refuses):
+    """A backend that rewrites the program before its build fails."""
+
+    def lower(self, program: Program) -> None:
+        for node in program.exported.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+            node.replace_all_uses_with(node.args[0])
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        self.program = program
+        return super().build(program, precision, device, partial=partial)
+
+
+def test_a_fallback_has_the_program_as_it_was_captured() -> None:
+    built, _, _ = build(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4), Rewrites(), Eager())
+    assert built.record.gates[0].passed
+
+
+def test_a_failed_build_leaves_the_weights_of_its_program_to_nobody() -> None:
+    backend = Rewrites()
+    with pytest.raises(BuildError):
+        build(nn.Linear(4, 4), torch.randn(2, 4), backend)
+    assert backend.program.rules
+    held = {**backend.program.exported.state_dict, **backend.program.exported.constants}
+    assert all(held[name].is_meta for name in backend.program.rules)
+
+
 def test_the_error_of_the_last_backend_is_raised() -> None:
     with pytest.raises(AccuracyError, match="wrong engine"):
         build(small_conv_net(), torch.randn(2, 3, 8, 8), Refuses(), Wrong())
