@@ -196,6 +196,19 @@ def test_the_reference_runs_without_tf32_or_autocast_or_inference_mode() -> None
     assert seen["tf32"] == (True, True)
 
 
+def test_a_result_that_nests_otherwise_at_every_run_is_refused() -> None:
+    class Alternates(nn.Module):
+        as_list = False
+
+        def forward(self, x: torch.Tensor) -> Any:
+            self.as_list = not self.as_list
+            return [x + 1] if self.as_list else (x + 1,)
+
+    x = torch.ones(2)
+    with pytest.raises(BuildError, match=r"depends on Python attributes .*as_list"):
+        reference(Alternates().eval(), read_call((x,), {}), [x])
+
+
 def test_hooks_of_the_root_are_not_run() -> None:
     module = nn.Linear(2, 2)
     module.register_forward_hook(lambda *_: pytest.fail("called"))

@@ -1,6 +1,8 @@
 """What a compiled module holds besides the module: its lock, the weights that its engines have, the scheduled look."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -182,6 +184,21 @@ def test_two_threads_that_miss_at_once_get_one_runner(monkeypatch: pytest.Monkey
         thread.join()
     assert found[0] is found[1]
     assert model.report().builds == 1
+
+
+def test_another_structure_frees_the_engines_and_weights_of_the_one_before() -> None:
+    model = on_cpu(small_conv_net())
+    model(images())
+    store = model._state.build.store
+    dropped = (*store._held.values(), *model._state.runners.values(), *model._state.built.values())
+    held = [weakref.ref(thing) for thing in dropped]
+    del dropped
+    model.module.fc = nn.Linear(8, 5)
+    model.refresh()
+    gc.collect()
+    assert [thing() for thing in held] == [None] * len(held)
+    assert store.rules() == frozenset()
+    assert_fresh(model, images(), builds=2, refreshes=1)
 
 
 def test_what_changed_before_the_first_call_is_not_taken_for_news_later() -> None:
