@@ -86,6 +86,7 @@ def test_a_built_engine_has_a_runner_a_record_and_a_gate() -> None:
     assert built.is_fresh_in_place()
     assert builder.store.size_bytes() > 0
     assert runner.record.calls == 1, "the gate's run is no call"
+    assert all(example.is_meta for example in built.plan.payload.inputs), "what it was captured on is let go"
 
 
 def test_a_failed_build_is_raised_where_no_fallback_is_given() -> None:
@@ -147,6 +148,15 @@ def test_a_wrong_engine_passes_if_the_tolerance_says_so() -> None:
     options = Options("fp32", device=CPU, tolerance=1.5)
     built, _, _ = build(small_conv_net(), torch.randn(2, 3, 8, 8), Wrong(), options=options)
     assert built.record.gates[0].relative_error == pytest.approx(1)
+
+
+def test_a_finer_engine_than_the_module_is_compared_by_the_module_s_own_error() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(64, 64).half(), torch.randn(2, 64).half()
+    built, _, _ = build(module, x)
+    assert 1e-5 < built.record.gates[0].relative_error < 1e-2
+    with pytest.raises(AccuracyError):
+        build(module, x, options=Options("fp32", device=CPU, tolerance=1e-5))
 
 
 def test_a_wrong_second_output_is_found() -> None:

@@ -247,6 +247,10 @@ def test_every_signature_s_engine_is_built_again_for_a_change_that_the_check_can
         model.module.factor.fill_(factor)
         for x in inputs:
             assert torch.equal(model(x), x * model.module.factor)
+    for built in model._state.built.values():
+        assert built.program is not None
+        (weight,) = built.program.exported.state_dict.values()
+        assert weight.is_meta, "the engine has the weights; what it is built again from needs none"
     assert observed.builds == 3 * plans_needed
     assert observed.had_values == [True] * observed.builds
     report = model.report()

@@ -53,6 +53,20 @@ def test_an_output_of_zeros_is_compared_with_a_floor() -> None:
     assert not error_of(torch.ones(4), torch.ones(4)).is_zero
 
 
+@pytest.mark.parametrize(("value", "is_zero"), [(0.0, True), (1e-7, True), (1e-5, False)])
+def test_an_output_of_next_to_nothing_counts_as_zero(value: float, is_zero: bool) -> None:
+    r = torch.full((100,), value)
+    assert output_error("y", r, r, 1e-2).is_zero is is_zero
+
+
+def test_a_failed_check_in_fp32_proposes_what_there_is() -> None:
+    record = compare_outputs([torch.zeros(2)], [torch.ones(2)], 1e-5)
+    with pytest.raises(AccuracyError, match="Try another backend, or pass tolerance="):
+        require(record, "eager", "fp32")
+    with pytest.raises(AccuracyError, match="Try keep_fp32="):
+        require(record, "eager", "fp16")
+
+
 def test_errors_are_added_up_in_double() -> None:
     r = torch.full((1000,), 60000.0, dtype=torch.float16)
     figures = error_of(r.clone(), r)
