@@ -235,3 +235,25 @@ def test_a_first_build_that_ends_for_want_of_memory_leaves_no_weights_and_no_eng
     model.module.fc.weight.data.mul_(-2)
     model.eval()
     assert_fresh(model, x, builds=1, refreshes=1)
+
+
+def test_a_write_that_nothing_tracks_is_seen_when_it_is_taken_back_too() -> None:
+    model = on_cpu(small_conv_net())
+    x = images()
+    model(x)
+    weight = model.module.fc.weight
+    first = weight.detach().clone()
+    for refreshes, values in enumerate((first * -2, first), 1):
+        weight.data.copy_(values)
+        for _ in range(2):  # the second time there is nothing new
+            model.eval()
+            assert_fresh(model, x, builds=1, refreshes=refreshes)
+
+
+def test_a_report_is_of_its_moment() -> None:
+    model = on_cpu(small_conv_net())
+    model(images())
+    before = model.report()
+    model(images())
+    after = model.report()
+    assert (before.calls_by_engine, after.calls_by_engine) == (1, 2)
