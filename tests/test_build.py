@@ -86,6 +86,7 @@ def test_a_built_engine_has_a_runner_a_record_and_a_gate() -> None:
     assert built.is_fresh_in_place()
     assert builder.store.size_bytes() > 0
     assert runner.record.calls == 1, "the gate's run is no call"
+    assert all(example.is_meta for example in built.plan.payload.inputs), "what it was captured on is let go"
 
 
 def test_a_failed_build_is_raised_where_no_fallback_is_given() -> None:
@@ -107,6 +108,32 @@ def test_a_fallback_is_tried_after_a_failed_gate_with_its_figures() -> None:
     assert "relative error 1 (bound 1e-05)" in built.record.fell_back_because
 
 
+class Rewrites(Refuses):
+    """A backend that rewrites the program before its build fails."""
+
+    def lower(self, program: Program) -> None:
+        for node in program.exported.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+            node.replace_all_uses_with(node.args[0])
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        self.program = program
+        return super().build(program, precision, device, partial=partial)
+
+
+def test_a_fallback_has_the_program_as_it_was_captured() -> None:
+    built, _, _ = build(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4), Rewrites(), Eager())
+    assert built.record.gates[0].passed
+
+
+def test_a_failed_build_leaves_the_weights_of_its_program_to_nobody() -> None:
+    backend = Rewrites()
+    with pytest.raises(BuildError):
+        build(nn.Linear(4, 4), torch.randn(2, 4), backend)
+    assert backend.program.rules
+    held = {**backend.program.exported.state_dict, **backend.program.exported.constants}
+    assert all(held[name].is_meta for name in backend.program.rules)
+
+
 def test_the_error_of_the_last_backend_is_raised() -> None:
     with pytest.raises(AccuracyError, match="wrong engine"):
         build(small_conv_net(), torch.randn(2, 3, 8, 8), Refuses(), Wrong())
@@ -121,6 +148,15 @@ def test_a_wrong_engine_passes_if_the_tolerance_says_so() -> None:
     options = Options("fp32", device=CPU, tolerance=1.5)
     built, _, _ = build(small_conv_net(), torch.randn(2, 3, 8, 8), Wrong(), options=options)
     assert built.record.gates[0].relative_error == pytest.approx(1)
+
+
+def test_a_finer_engine_than_the_module_is_compared_by_the_module_s_own_error() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(64, 64).half(), torch.randn(2, 64).half()
+    built, _, _ = build(module, x)
+    assert 1e-5 < built.record.gates[0].relative_error < 1e-2
+    with pytest.raises(AccuracyError):
+        build(module, x, options=Options("fp32", device=CPU, tolerance=1e-5))
 
 
 def test_a_wrong_second_output_is_found() -> None:

@@ -207,3 +207,69 @@ def test_what_cannot_be_kept_says_why(cache: Cache, backend: Bytes, monkeypatch:
     model = model_of(cache)
     assert "mine.own" in served(model)["not_cached_because"]
     assert "not kept in the cache, since it has the operator mine.own" in " ".join(str(model.report()).split())
+
+
+# --- engines that have weights of their own, which no refresh in place reaches ---
+
+
+class Observed(Bytes):
+    """It notes whether the examples that it is given have values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.had_values: list[bool] = []
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        self.had_values.append(not any(example.is_meta for example in program.inputs))
+        return super().build(program, precision, device, partial=partial)
+
+
+@pytest.fixture
+def observed(monkeypatch: pytest.MonkeyPatch) -> Observed:
+    backend = Observed()
+    monkeypatch.setitem(BACKENDS, "onnx_tensorrt", backend)
+    return backend
+
+
+def of_its_own(**options: Any) -> torchaccel.CompiledModule:
+    return on_cpu(Scale(), backend="onnx_tensorrt", cache_dir=False, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic_batch", [None, (1, 2, 8)])
+def test_every_signature_s_engine_is_built_again_for_a_change_that_the_check_cannot_tell(
+    observed: Observed, dynamic_batch: Any
+) -> None:
+    model = of_its_own(dynamic_batch=dynamic_batch)
+    inputs = [torch.rand(size) for size in (1, 2, 3)]
+    plans_needed = 3 if dynamic_batch is None else 1
+    for factor in (3.0, 3.000001, 3.000002):
+        model.module.factor.fill_(factor)
+        for x in inputs:
+            assert torch.equal(model(x), x * model.module.factor)
+    for built in model._state.built.values():
+        assert built.program is not None
+        (weight,) = built.program.exported.state_dict.values()
+        assert weight.is_meta, "the engine has the weights; what it is built again from needs none"
+    assert observed.builds == 3 * plans_needed
+    assert observed.had_values == [True] * observed.builds
+    report = model.report()
+    assert (report.builds, report.refreshes, report.calls_by_module) == (plans_needed, 2, 0)
+    assert [len(engine.gates) for engine in report.engines] == [len(set(dynamic_batch or (1,)))] * plans_needed
+
+
+@torch.no_grad()
+def test_an_engine_that_could_not_be_built_again_serves_no_more_until_it_can(observed: Observed) -> None:
+    model = of_its_own()
+    model(X)
+    model.module.factor.fill_(5.0)
+    observed.error = 2.0
+    for _ in range(2):
+        with pytest.raises(AccuracyError):
+            model(X)
+    (built,) = model._state.built.values()
+    assert built.program is not None
+    (weight,) = built.program.exported.state_dict.values()
+    assert weight.is_meta, "no weights are left with the error"
+    observed.error = 1.0
+    assert torch.equal(model(X), X * 5)

@@ -422,6 +422,9 @@ def test_raise_speaks_of_untracked_writes_at_eval() -> None:
     model.module.fc.weight.data.add_(1)
     with pytest.raises(StaleWeightsError, match="does not track"):
         model.eval()
+    for batch in (2, 3):  # nothing more has changed since
+        with pytest.raises(StaleWeightsError, match="does not track"):
+            model(images(batch))
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -49,7 +49,11 @@ def test_a_fingerprint_takes_tensors_of_any_kind() -> None:
     assert fingerprint([torch.empty(0)])[0].tolist() == [0]
 
 
-@pytest.mark.parametrize("view", [torch.conj, lambda tensor: tensor.conj().imag], ids=["conjugate", "negative"])
+@pytest.mark.parametrize(
+    "view",
+    [torch.conj, lambda tensor: tensor.conj().imag, lambda tensor: tensor[0, :1].conj().imag],
+    ids=["conjugate", "negative", "one negative, which is contiguous"],
+)
 def test_what_is_computed_only_when_it_is_read_counts_by_its_values(view: Any) -> None:
     tensor = torch.randn(3, 2, dtype=torch.complex64)
     assert equal(fingerprint([view(tensor)]), fingerprint([view(tensor).resolve_conj().resolve_neg().clone()]))
@@ -81,6 +85,15 @@ def test_what_is_summed_at_a_time_is_bounded_and_no_byte_is_lost(
     assert equal(fingerprint(parts), before)
 
 
+def test_every_bit_of_every_word_counts() -> None:
+    before = fingerprint([torch.zeros(6, dtype=torch.int64)])
+    for place in range(6):
+        for bit in range(64):
+            changed = torch.zeros(6, dtype=torch.int64)
+            changed[place] = (1 << bit) - (1 << 64 if bit == 63 else 0)
+            assert not equal(fingerprint([changed]), before), f"bit {bit} of word {place}"
+
+
 def test_zero_and_minus_zero_and_two_nans_of_other_bits_have_different_prints() -> None:
     assert not equal(fingerprint([torch.tensor([0.0])]), fingerprint([torch.tensor([-0.0])]))
     quiet, other = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (0x7FC00000, 0x7FC00001))
@@ -102,7 +115,25 @@ def test_a_pending_check_gives_its_result_once() -> None:
     assert check.take() is None
 
 
-def test_prints_of_other_sizes_differ() -> None:
+def test_prints_of_other_sizes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16)
+    short, long = fingerprint([torch.zeros(4)]), fingerprint([torch.zeros(8)])  # one chunk, and two
+    assert differs(short, long) is None
+    assert not equal(short, long)
+
+
+def test_one_chunk_that_differs_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16)
+    before, after = (fingerprint([torch.tensor([0.0, 0, 0, 0, last, 0, 0, 0])]) for last in (0.0, 1.0))
+    found = differs(before, after)
+    assert found is not None
+    assert found.item() is True
+    same = differs(before, before)
+    assert same is not None
+    assert same.item() is False
+
+
+def test_prints_of_no_tensors_are_compared_on_the_host() -> None:
     one, none = fingerprint([torch.zeros(3)]), fingerprint([])
     assert differs(one, none) is None
     assert not equal(one, none)

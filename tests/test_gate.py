@@ -53,6 +53,20 @@ def test_an_output_of_zeros_is_compared_with_a_floor() -> None:
     assert not error_of(torch.ones(4), torch.ones(4)).is_zero
 
 
+@pytest.mark.parametrize(("value", "is_zero"), [(0.0, True), (1e-7, True), (1e-5, False)])
+def test_an_output_of_next_to_nothing_counts_as_zero(value: float, is_zero: bool) -> None:
+    r = torch.full((100,), value)
+    assert output_error("y", r, r, 1e-2).is_zero is is_zero
+
+
+def test_a_failed_check_in_fp32_proposes_what_there_is() -> None:
+    record = compare_outputs([torch.zeros(2)], [torch.ones(2)], 1e-5)
+    with pytest.raises(AccuracyError, match="Try another backend, or pass tolerance="):
+        require(record, "eager", "fp32")
+    with pytest.raises(AccuracyError, match="Try keep_fp32="):
+        require(record, "eager", "fp16")
+
+
 def test_errors_are_added_up_in_double() -> None:
     r = torch.full((1000,), 60000.0, dtype=torch.float16)
     figures = error_of(r.clone(), r)
@@ -194,6 +208,19 @@ def test_the_reference_runs_without_tf32_or_autocast_or_inference_mode() -> None
     with torch.autocast("cpu", torch.bfloat16):
         assert run_module(module, call, call.tensors, tf32=True, autocast=True).dtype is torch.bfloat16
     assert seen["tf32"] == (True, True)
+
+
+def test_a_result_that_nests_otherwise_at_every_run_is_refused() -> None:
+    class Alternates(nn.Module):
+        as_list = False
+
+        def forward(self, x: torch.Tensor) -> Any:
+            self.as_list = not self.as_list
+            return [x + 1] if self.as_list else (x + 1,)
+
+    x = torch.ones(2)
+    with pytest.raises(BuildError, match=r"depends on Python attributes .*as_list"):
+        reference(Alternates().eval(), read_call((x,), {}), [x])
 
 
 def test_hooks_of_the_root_are_not_run() -> None:

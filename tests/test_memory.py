@@ -86,6 +86,35 @@ def test_other_errors_and_results_come_through_as_they_are() -> None:
     assert caught.value is error
 
 
+def test_what_refers_to_itself_is_released_too() -> None:
+    taken: list[weakref.ref[Any]] = []
+
+    def fail() -> None:
+        program = nn.Module()
+        program.__dict__["itself"] = program
+        taken.append(weakref.ref(program))
+        raise MemoryError
+
+    gc.disable()
+    try:
+        with pytest.raises(DeviceMemoryError, match="MemoryError"):
+            release_on_exhaustion(fail, "x", CPU, 8)
+        assert taken[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_lack_of_memory_within_another_step_is_said_once() -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    with pytest.raises(DeviceMemoryError) as caught:
+        release_on_exhaustion(lambda: release_on_exhaustion(fail, "the inner", CPU, 8), "the outer", CPU, 8)
+    assert str(caught.value).count("What was begun is released") == 1
+    assert "the inner" in str(caught.value)
+    assert "the outer" not in str(caught.value)
+
+
 def test_a_build_that_runs_out_of_memory_keeps_nothing_alive_while_its_error_is_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

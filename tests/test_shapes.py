@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.helpers import assert_fresh, images, in_place, on_cpu, relative_error
+from tests.helpers import Lambda, assert_fresh, images, in_place, on_cpu, relative_error
 from tests.models import small_conv_net
 from torchaccel.errors import InputError
 
@@ -62,6 +62,18 @@ def test_a_dynamic_batch_builds_anew_for_another_image_size() -> None:
     model(torch.randn(2, 3, 10, 10))
     model(torch.randn(5, 3, 10, 10))
     assert model.report().builds == 2
+
+
+@torch.no_grad()
+def test_a_dynamic_batch_builds_anew_for_another_dtype_and_for_other_inputs_that_have_a_batch() -> None:
+    model = on_cpu(Lambda(lambda _, x, y: x + y if y.dim() == 1 else x * y), dynamic_batch=(1, 2, 8))
+    for y in (torch.ones(3), torch.ones(4, 3)):
+        for dtype in (torch.float32, torch.float64):
+            x = torch.randn(4, 3, dtype=dtype)
+            result = model(x, y)
+            assert relative_error(result, model.module(x, y)) < 2e-6
+            assert result.dtype is dtype
+    assert model.report().builds == 4
 
 
 def test_an_empty_batch_goes_through_the_module() -> None:

@@ -183,6 +183,9 @@ def test_in_training_mode_the_module_itself_serves() -> None:
     assert [result.item() for result in model.stream([torch.ones(1)] * 2)] == [2.0, 2.0]
     assert model.report().calls_by_module == 2
     assert model.report().builds == 0
+    with torch.no_grad():
+        (result,) = on_cpu(torch.nn.Linear(2, 2)).train().stream([torch.ones(1, 2)])
+    assert not result.requires_grad
 
 
 def test_new_weights_are_used_from_the_next_batch_on() -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,6 +262,13 @@ def test_a_removed_hook_is_seen_and_what_is_accepted_in_training_mode_counts_as_
     assert not watch.structure_changed()
 
 
+def test_a_submodule_of_another_name_is_another_structure() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    watch = WeightWatch(module)
+    module._modules["renamed"] = module._modules.pop("0")
+    assert watch.structure_changed()
+
+
 def test_an_optimizer_of_some_of_the_parameters_counts() -> None:
     module = small_conv_net()
     watch = WeightWatch(module)
@@ -328,6 +336,22 @@ def test_a_helper_that_comes_later_takes_over_without_missing_a_write(monkeypatc
     with torch.no_grad():
         quiet.fc.bias.add_(1)
     assert watches[0].changed()
+
+
+def test_a_write_while_the_helper_takes_over_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (compiled := helper.wait()) is None:
+        pytest.skip(f"no compiled helper: {helper.problem}")
+    late, module = Helper(), small_conv_net()
+    monkeypatch.setattr(module_of_watches, "helper", late)
+    watch = WeightWatch(module)
+
+    @torch.no_grad()
+    def written_meanwhile(tensors: tuple[torch.Tensor, ...]) -> bytes:
+        module.fc.bias.add_(1)
+        return bytes(compiled.snapshot(tensors))
+
+    late.module = SimpleNamespace(snapshot=written_meanwhile, same=compiled.same)
+    assert watch.changed()
 
 
 def test_parts_of_two_states_are_never_the_same() -> None:

@@ -117,13 +117,12 @@ class State:
         return runner
 
     def _register(self, key: Any, built: Built) -> None:
+        if self._print is None:  # first, since memory may run out here: no engine serves whose weights are not watched
+            self._print, self._attributes = self.watch.fingerprint(), attributes(self.module)
         self.built[key] = built
         self.report.builds += 1
         self.report.backend = built.backend.name
         self.report.engines.append(built.record)
-        if self._print is None:
-            self._print = self.watch.fingerprint()
-            self._attributes = attributes(self.module)
 
     def _take_weights_of_now(self) -> None:
         """Before a build, which reads the weights as they are: engines that are there must have the same."""

@@ -1,0 +1,259 @@
+"""What a compiled module holds besides the module: its lock, the weights that its engines have, the scheduled look."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import assert_fresh, images, in_place, on_cpu, relative_error
+from tests.models import small_conv_net
+from torchaccel import DeviceMemoryError, state
+from torchaccel.compiled import CompiledModule
+from torchaccel.fingerprint import Fingerprint, PendingCheck
+from torchaccel.runner import Runner
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def elsewhere(work: Callable[[], Any]) -> Any:
+    """What `work` returns in another thread; it fails where that does not end."""
+    results: list[Any] = []
+
+    def guarded() -> None:
+        with torch.no_grad():
+            results.append(work())
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert results, "the other thread waits, or has failed"
+    return results[0]
+
+
+@contextmanager
+def locked_by_another(model: CompiledModule) -> Iterator[None]:
+    """Another thread holds the lock of builds and refreshes meanwhile."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with model._state._lock:
+            held.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(20)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_scheduled_look_leaves_the_lock_to_others() -> None:
+    model = on_cpu(small_conv_net(), check_weights_every=1)
+    model(images())
+    model(images())
+    elsewhere(model.refresh)
+    assert model.report().refreshes == 1
+
+
+def test_no_call_waits_for_a_scheduled_look_while_another_thread_builds_or_refreshes() -> None:
+    model = on_cpu(small_conv_net(), check_weights_every=1)
+    x = images()
+    model(x)
+    with locked_by_another(model):
+        assert elsewhere(lambda: model(x)).shape == (2, 5)
+    model.module.fc.weight.data.mul_(-2)
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+class Late(PendingCheck):
+    """A comparison as on a GPU, whose result is there a few looks later."""
+
+    looks = 0
+
+    def start(self, now: Fingerprint, then: Fingerprint) -> None:
+        super().start(now, then)
+        self.looks = 3
+
+    def take(self) -> bool | None:
+        self.looks -= 1
+        return None if self.looks > 0 else super().take()
+
+
+@pytest.mark.parametrize(("every", "calls"), [(1, 3), (2, 4), (100, 102)])
+def test_a_result_that_comes_late_is_taken_at_the_next_call_and_no_look_begins_before(every: int, calls: int) -> None:
+    model = on_cpu(small_conv_net(), check_weights_every=every)
+    model._state._check = Late()
+    x = images()
+    model(x)
+    model.module.fc.weight.data.mul_(-2)
+    for _ in range(calls - 1):
+        model(x)
+        assert model.report().refreshes == 0
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+def test_what_a_look_from_before_a_refresh_finds_is_no_news() -> None:
+    model = on_cpu(small_conv_net(), check_weights_every=2)
+    model._state._check = Late()
+    x = images()
+    model(x)
+    model.module.fc.weight.data.mul_(-2)
+    model(x)
+    model(x)
+    assert model._state._check.is_under_way
+    model.refresh()
+    model(x)
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+def test_the_weights_are_looked_at_once_in_so_many_calls() -> None:
+    model = on_cpu(small_conv_net(), check_weights_every=3)
+    model(images())
+    looks: list[int] = []
+    look = model._state.watch.fingerprint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model._state.watch, "fingerprint", lambda: (looks.append(1), look())[1])
+        for _ in range(9):
+            model(images())
+    assert len(looks) == 3
+
+
+def test_threads_that_see_a_change_at_once_refresh_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_cpu(small_conv_net())
+    x, both, seen = images(), threading.Barrier(2), threading.local()
+    model(x)
+    in_place(model)
+    changed = model._state.watch.changed
+
+    def together() -> bool:
+        """Each thread has seen the change before one of them takes it."""
+        found = changed()
+        if not hasattr(seen, "once"):
+            seen.once = both.wait(20)
+        return found
+
+    monkeypatch.setattr(model._state.watch, "changed", together)
+    other = threading.Thread(target=torch.no_grad()(model), args=(x,))
+    other.start()
+    model(x)
+    other.join()
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+def test_a_refresh_waits_for_a_build_of_another_thread() -> None:
+    model = on_cpu(small_conv_net())
+    model(images())
+    refresh = threading.Thread(target=model.refresh)
+    with locked_by_another(model):
+        refresh.start()
+        refresh.join(0.2)
+        assert refresh.is_alive()
+    refresh.join(20)
+    assert model.report().refreshes == 1
+
+
+def test_two_threads_that_miss_at_once_get_one_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_cpu(nn.Linear(4, 2))
+    x, both = torch.ones(1, 4), threading.Barrier(2)
+    describe = state.describe
+
+    def together(tensors: Any) -> str:
+        """Each miss says what it is about before it takes the lock."""
+        both.wait(20)
+        return describe(tensors)
+
+    monkeypatch.setattr(state, "describe", together)
+    found: list[Runner] = []
+    threads = [threading.Thread(target=lambda: found.append(model.runner_for(x))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] is found[1]
+    assert model.report().builds == 1
+
+
+def test_another_structure_frees_the_engines_and_weights_of_the_one_before() -> None:
+    model = on_cpu(small_conv_net())
+    model(images())
+    store = model._state.build.store
+    dropped = (*store._held.values(), *model._state.runners.values(), *model._state.built.values())
+    held = [weakref.ref(thing) for thing in dropped]
+    del dropped
+    model.module.fc = nn.Linear(8, 5)
+    model.refresh()
+    gc.collect()
+    assert [thing() for thing in held] == [None] * len(held)
+    assert store.rules() == frozenset()
+    assert_fresh(model, images(), builds=2, refreshes=1)
+
+
+def test_what_changed_before_the_first_call_is_not_taken_for_news_later() -> None:
+    model = on_cpu(small_conv_net())
+    in_place(model)
+    for _ in range(2):
+        assert_fresh(model, images(), builds=1, refreshes=0)
+
+
+def test_a_build_finds_a_change_that_no_value_shows_and_the_engines_that_are_there_take_it_too() -> None:
+    model = on_cpu(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), on_weight_change="ignore")
+    one, two = torch.randn(1, 4), torch.randn(2, 4)
+    model(one)
+    model.module[0].register_forward_hook(lambda _, __, result: result + 1)
+    for x in (two, one):
+        assert relative_error(model(x), model.module(x)) < 2e-6
+
+
+def test_a_first_build_that_ends_for_want_of_memory_leaves_no_weights_and_no_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = on_cpu(small_conv_net())
+    x = images()
+
+    def fails() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._state.watch, "fingerprint", fails)
+        with pytest.raises(DeviceMemoryError):
+            model(x)
+    model.module.fc.weight.data.mul_(-2)
+    assert_fresh(model, x, builds=1, refreshes=0)
+    model.module.fc.weight.data.mul_(-2)
+    model.eval()
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+def test_a_write_that_nothing_tracks_is_seen_when_it_is_taken_back_too() -> None:
+    model = on_cpu(small_conv_net())
+    x = images()
+    model(x)
+    weight = model.module.fc.weight
+    first = weight.detach().clone()
+    for refreshes, values in enumerate((first * -2, first), 1):
+        weight.data.copy_(values)
+        for _ in range(2):  # the second time there is nothing new
+            model.eval()
+            assert_fresh(model, x, builds=1, refreshes=refreshes)
+
+
+def test_a_report_is_of_its_moment() -> None:
+    model = on_cpu(small_conv_net())
+    model(images())
+    before = model.report()
+    model(images())
+    after = model.report()
+    assert (before.calls_by_engine, after.calls_by_engine) == (1, 2)
