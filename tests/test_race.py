@@ -103,12 +103,12 @@ def _without_gradients() -> Any:
 def test_the_fastest_that_is_right_serves_and_the_report_has_the_whole_field(compete: Any) -> None:
     wrong = Changed("wrong", lambda result: result * 1.1)
     field = (
-        Changed("slow", slower(6)),
+        Changed("slow", slower(30)),
         Failing(),
         wrong,
         Absent(),
         Changed("fast", slower(1)),
-        Changed("mid", slower(3)),
+        Changed("mid", slower(12)),
     )
     model = compete(*field)
     x = images()
@@ -140,7 +140,7 @@ def test_the_fastest_that_is_right_serves_and_the_report_has_the_whole_field(com
 
 
 def test_what_the_losers_built_is_released(compete: Any) -> None:
-    alone, among = compete(Eager()), compete(Changed("slow", slower(5)), Eager())
+    alone, among = compete(Eager()), compete(Changed("slow", slower(12)), Eager())
     x = images()
     alone(x)
     among(x)
@@ -149,7 +149,7 @@ def test_what_the_losers_built_is_released(compete: Any) -> None:
 
 
 def test_each_signature_has_its_race_once(compete: Any) -> None:
-    model = compete(Changed("slow", slower(3)), Changed("fast"))
+    model = compete(Changed("slow", slower(12)), Changed("fast"))
     for batch in (2, 4, 2, 4, 2):
         model(images(batch))
     races = model.report().races
@@ -159,7 +159,7 @@ def test_each_signature_has_its_race_once(compete: Any) -> None:
 
 
 def test_the_winner_takes_new_weights_in_place(compete: Any) -> None:
-    model = compete(Changed("slow", slower(3)), Changed("fast"))
+    model = compete(Changed("slow", slower(12)), Changed("fast"))
     x = images()
     model(x)
     model.module.fc.weight.add_(1)
@@ -250,7 +250,7 @@ def test_nothing_further_is_built_when_the_budget_is_spent(compete: Any) -> None
 
 
 def test_a_race_can_be_had_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "FIELD", (Changed("slow", slower(3)), Changed("fast")))
+    monkeypatch.setattr(compiler, "FIELD", (Changed("slow", slower(12)), Changed("fast")))
     for objective in ("latency", "throughput", "stream"):
         record = torchaccel.race(small_conv_net(), images(), "fp32", device="cpu", objective=objective, cache_dir=False)
         assert record.winner.name == "fast"
