@@ -12,7 +12,7 @@ from torch import nn
 from tests.helpers import Lambda, same_values, state_of
 from tests.models import small_conv_net
 from torchaccel.errors import AccuracyError, BuildError
-from torchaccel.gate import FLOOR_RMS, compare_outputs, output_error, reference, require, run_module
+from torchaccel.gate import FLOOR_RMS, compare_outputs, output_error, reference, reproduced, require, run_module
 from torchaccel.precision import tf32_state
 from torchaccel.signature import read_call, split_outputs
 
@@ -309,3 +309,10 @@ def test_a_result_that_nests_otherwise_at_this_precision_is_a_build_error() -> N
     _, program = split_outputs((torch.ones(2),), call.tensors)
     with pytest.raises(BuildError, match=r"list.*tuple"):
         found.output_spec(program)
+
+
+def test_two_runs_are_alike_where_every_output_is() -> None:
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1])
+    assert reproduced([one, "a", one], [one * (1 + 1e-6), "b", one])
+    assert not reproduced([one, one], [one, other])
+    assert not reproduced([one, one], [other, one])
