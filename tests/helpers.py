@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torchaccel
+from torchaccel.backends.base import Backend, Plan
 from torchaccel.capture import capture
 from torchaccel.compiled import CompiledModule
 from torchaccel.compiler import BACKENDS
@@ -28,6 +29,22 @@ def captured(module: nn.Module, *args: Any, precision: str = "fp32", **options: 
     """The program of a module for a call with `args`."""
     call = read_call(args, {})
     return capture(module, call, call.tensors, PRECISIONS[precision], **options)
+
+
+def build_plan(backend: Backend, module: nn.Module, *args: Any, precision: str = "fp16", **options: Any) -> Plan:
+    """The plan of a module by a TensorRT backend, which needs no GPU for it."""
+    program = lowered_program(backend, module, *args, precision=precision, **options)
+    return backend.build(program, PRECISIONS[precision], torch.device("cuda", 0))
+
+
+def lowered_program(
+    backend: Backend, module: nn.Module, *args: Any, precision: str = "fp16", **options: Any
+) -> Program:
+    """The program of a module as a backend builds from it, with the module's weights."""
+    program = captured(module, *args, precision=precision, **options)
+    backend.lower(program)
+    program.take_weights(WeightStore(), module)
+    return program
 
 
 def run_program(program: Program, module: nn.Module, x: torch.Tensor) -> torch.Tensor:

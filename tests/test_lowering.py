@@ -154,6 +154,18 @@ def test_other_convolutions_stay_as_they_are(options: dict[str, Any]) -> None:
     assert str(program.exported.graph) == before
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_arguments_by_keyword_count_too(dilation: int) -> None:
+    module = conv(stride=2, padding=1, dilation=dilation)
+    program, x = captured(module, torch.randn(SHAPE)), torch.randn(SHAPE)
+    (node,) = convolutions(program)
+    node.args = node.args[:3]
+    node.kwargs = {"stride": [2, 2], "padding": [1, 1], "dilation": [dilation] * 2}
+    space_to_depth(program.exported)
+    assert bool(node.kwargs) == (dilation == 2), "one that is dilated stays as it is"
+    assert relative_error(run_program(program, module, x), module(x)) < 1e-6
+
+
 def test_a_batch_stays_dynamic() -> None:
     module = conv(stride=2, padding=1)
     program = captured(module, torch.randn(4, 4, 8, 8), dynamic_batch=(1, 4, 8))

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from torchaccel.nodes import arguments
 from torchaccel.prepare import aten
 
 # What gives a view in one layout may have to copy in another; `view` itself then fails.
@@ -87,8 +88,7 @@ def _shared(node: fx.Node, memory: dict[fx.Node, list[fx.Node]]) -> Iterator[tup
     if schema is None:  # one of several results: fresh, unless all are views
         yield from ((source, False) for source in node.all_input_nodes if memory[source] != [source])
         return
-    for index, argument in enumerate(schema.arguments):
-        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+    for index, (argument, given) in enumerate(zip(schema.arguments, arguments(node).values(), strict=True)):
         if argument.alias_info is None and not (target in _UNDECLARED and index == 0):
             continue
         is_write = argument.alias_info is not None and argument.alias_info.is_write and target not in _INERT

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from torchaccel.nodes import arguments, calls, pair, value
 from torchaccel.prepare import CONVOLUTIONS, weight_nodes
 from torchaccel.weights import WeightRule
 
@@ -87,20 +88,20 @@ def space_to_depth(program: ExportedProgram) -> None:
     took 0.48 ms, and takes 0.14 ms so (measured on an H200).
     """
     graph = program.graph
-    for conv in [node for node in graph.nodes if node.target is aten.conv2d.default]:
-        x, weight, bias, strides, paddings, dilations, groups = _convolution(conv)
-        shape, kernel = x.meta["val"].shape, weight.meta["val"].shape
-        stride = strides[0]
-        if len(shape) != 4 or stride % 2 or stride != strides[1] or shape[1] > FEW_CHANNELS or groups != 1:
+    for conv in calls(graph, aten.conv2d.default):
+        given = arguments(conv)
+        x, weight, paddings, strides = given["input"], given["weight"], pair(given["padding"]), pair(given["stride"])
+        shape, kernel, stride = value(x).shape, value(weight).shape, strides[0]
+        if len(shape) != 4 or stride % 2 or stride != strides[1] or shape[1] > FEW_CHANNELS or given["groups"] != 1:
             continue
-        if dilations != (1, 1) or not all(isinstance(size, int) for size in (*shape[1:], *kernel)):
+        if pair(given["dilation"]) != [1, 1] or not all(isinstance(size, int) for size in (*shape[1:], *kernel)):
             continue
         more = -shape[1] % (CHANNELS_AT_ONCE // math.gcd(CHANNELS_AT_ONCE, stride * stride))
         kernel_fill = [-size % stride for size in kernel[2:]]
         ends = [
-            stride * (size - 1) + taken + fill - given - padding
-            for size, taken, fill, given, padding in zip(
-                conv.meta["val"].shape[2:], kernel[2:], kernel_fill, shape[2:], paddings, strict=True
+            stride * (size - 1) + taken + fill - before - padding
+            for size, taken, fill, before, padding in zip(
+                value(conv).shape[2:], kernel[2:], kernel_fill, shape[2:], paddings, strict=True
             )
         ]
         if min(ends) < 0:  # pixels at the end that no kernel reaches
@@ -108,22 +109,13 @@ def space_to_depth(program: ExportedProgram) -> None:
         with graph.inserting_before(conv):
             x = _unshuffled(graph, x, [paddings[1], ends[1], paddings[0], ends[0], 0, more], stride)
             weight = _unshuffled(graph, weight, [0, kernel_fill[1], 0, kernel_fill[0], 0, more], stride)
-        conv.args = (x, weight, bias)
-        conv.kwargs = {}
+        conv.args, conv.kwargs = (x, weight, given["bias"]), {}
     program.graph_module.recompile()
-
-
-def _convolution(conv: fx.Node) -> tuple[Any, ...]:
-    """Input, weight, bias, strides, paddings, dilations and groups of a 2-D convolution."""
-    defaults = (None, None, None, [1], [0], [1], 1)
-    arguments: list[Any] = [*conv.args, *defaults[len(conv.args) :]]
-    pairs = [tuple(sizes) * (2 // len(sizes)) for sizes in arguments[3:6]]
-    return (*arguments[:3], *pairs, arguments[6])
 
 
 def _unshuffled(graph: fx.Graph, x: Any, fill: list[int], stride: int) -> fx.Node:
     """A tensor filled up with zeros, its blocks of pixels as channels."""
-    size, channels, height, width = x.meta["val"].shape
+    size, channels, height, width = value(x).shape
     channels, height, width = channels + sum(fill[4:]), height + sum(fill[2:4]), width + sum(fill[:2])
     shape = (size, channels * stride * stride, height // stride, width // stride)
     if any(fill):
@@ -131,8 +123,8 @@ def _unshuffled(graph: fx.Graph, x: Any, fill: list[int], stride: int) -> fx.Nod
     return _call(graph, aten.pixel_unshuffle.default, (x, stride), shape)
 
 
-def _call(graph: fx.Graph, operator: Any, arguments: tuple[Any, ...], shape: tuple[Any, ...]) -> fx.Node:
+def _call(graph: fx.Graph, operator: Any, args: tuple[Any, ...], shape: tuple[Any, ...]) -> fx.Node:
     """A step that returns a tensor of that shape, like its first argument; to run it for that would fix the batch."""
-    step = graph.call_function(operator, arguments)
-    step.meta = {**arguments[0].meta, "val": arguments[0].meta["val"].new_empty(shape)}
+    step = graph.call_function(operator, args)
+    step.meta = {**args[0].meta, "val": value(args[0]).new_empty(shape)}
     return step

@@ -1,5 +1,6 @@
 """ONNX → TensorRT: real engines from the real parser, built without a GPU, and an ONNX graph that computes the same."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from tests.helpers import Lambda, captured, relative_error, settled
+from tests.helpers import Lambda, build_plan, lowered_program, relative_error, settled
 from tests.models import ZOO, small_conv_net, small_transformer
 from torchaccel import trt
 from torchaccel.backends import onnx_tensorrt
-from torchaccel.backends.base import Plan
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT, export, save
 from torchaccel.errors import BuildError
 from torchaccel.precision import PRECISIONS
@@ -27,15 +27,7 @@ GPU = torch.device("cuda", 0)
 pytestmark = pytest.mark.skipif(bool(trt.unavailable()), reason=f"no TensorRT: {trt.unavailable()}")
 
 
-def lowered(module: nn.Module, *args: Any, precision: str = "fp16", **options: Any) -> Program:
-    program = captured(module, *args, precision=precision, **options)
-    BACKEND.lower(program)
-    program.take_weights(WeightStore(), module)
-    return program
-
-
-def build(module: nn.Module, *args: Any, precision: str = "fp16", **options: Any) -> Plan:
-    return BACKEND.build(lowered(module, *args, precision=precision, **options), PRECISIONS[precision], GPU)
+build, lowered = partial(build_plan, BACKEND), partial(lowered_program, BACKEND)
 
 
 # --- engines ---

@@ -7,6 +7,7 @@ it loads the engine. This process answers the first, and keeps the engine's byte
 import io
 import json
 from contextlib import redirect_stdout
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import Lambda, captured
+from tests.helpers import Lambda, build_plan, lowered_program
 from tests.models import ZOO, small_conv_net, small_transformer
 from torchaccel.backends.base import Plan
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.errors import BuildError
-from torchaccel.precision import PRECISIONS
-from torchaccel.program import Program
-from torchaccel.weights import WeightStore
 
 GPU = torch.device("cuda", 0)
 BACKEND = TorchTensorRT()
@@ -64,15 +62,7 @@ def answer_for_a_gpu() -> None:
     interpreter.trt.Runtime = Runtime
 
 
-def lowered(module: nn.Module, *args: Any, precision: str = "fp16", **options: Any) -> Program:
-    program = captured(module, *args, precision=precision, **options)
-    BACKEND.lower(program)
-    program.take_weights(WeightStore(), module)
-    return program
-
-
-def build(module: nn.Module, *args: Any, precision: str = "fp16", **options: Any) -> Plan:
-    return BACKEND.build(lowered(module, *args, precision=precision, **options), PRECISIONS[precision], GPU)
+build, lowered = partial(build_plan, BACKEND), partial(lowered_program, BACKEND)
 
 
 def described(plan: Plan) -> dict[str, Any]:

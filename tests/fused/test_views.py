@@ -11,8 +11,9 @@ from torch import nn
 
 from tests.fused.programs import check
 from tests.helpers import Lambda, captured
-from torchaccel.fused.graph import aten, put_aten, replace, tidy, value
+from torchaccel.fused.graph import aten, put_aten, replace, tidy
 from torchaccel.fused.views import View, rows_in_memory, without_copies
+from torchaccel.nodes import value
 
 SHAPE = (4, 6, 1, 8)
 ROWS_DRAWN = 60

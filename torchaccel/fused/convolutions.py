@@ -8,21 +8,18 @@ from torch import fx
 
 from torchaccel.fused import cudnn_plans
 from torchaccel.fused.graph import (
-    arguments,
     aten,
-    calls,
     is_tensor,
     only_user,
-    pair,
     put,
     put_aten,
     replace,
     same_shape,
     traced,
-    value,
     weights,
     written_between,
 )
+from torchaccel.nodes import arguments, calls, pair, value
 from torchaccel.program import Program
 from torchaccel.weights import WeightRule
 

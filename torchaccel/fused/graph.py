@@ -9,32 +9,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torchaccel.fused import operators  # noqa: F401 - importing it is what makes them
+from torchaccel.nodes import value
 from torchaccel.prepare import drop_unused_weights, weight_nodes
 from torchaccel.program import Program
 
 aten = torch.ops.aten
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """An operator's arguments by name, defaults filled in."""
-    target: Any = node.target
-    values = {}
-    for index, argument in enumerate(target._schema.arguments):
-        if index < len(node.args):
-            values[argument.name] = node.args[index]
-        else:
-            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return values
-
-
-def calls(graph: fx.Graph, *targets: Any) -> list[fx.Node]:
-    """The calls of these operators, in the order in which they run."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
-
-
-def value(node: Any) -> torch.Tensor:
-    """The shape, dtype and layout that a node was traced with."""
-    return node.meta["val"]
 
 
 def is_tensor(node: Any) -> TypeGuard[fx.Node]:
@@ -48,12 +27,6 @@ def same_shape(a: Any, b: Any) -> bool:
     if a.dtype != b.dtype or a.dim() != b.dim():
         return False
     return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
-
-
-def pair(numbers: Any) -> list[int]:
-    """A number for each of height and width, where one may stand for both."""
-    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
-    return numbers * 2 if len(numbers) == 1 else numbers
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -17,19 +17,7 @@ from torchaccel.fused.convolutions import (
     pad_first_channels,
     take_patches,
 )
-from torchaccel.fused.graph import (
-    arguments,
-    aten,
-    calls,
-    is_tensor,
-    pair,
-    put,
-    put_aten,
-    replace,
-    same_shape,
-    tidy,
-    value,
-)
+from torchaccel.fused.graph import aten, is_tensor, put, put_aten, replace, same_shape, tidy
 from torchaccel.fused.operators import OPAQUE
 from torchaccel.fused.transformers import (
     choose_attention,
@@ -40,6 +28,7 @@ from torchaccel.fused.transformers import (
     skip_copies,
 )
 from torchaccel.layouts import settle_layouts
+from torchaccel.nodes import arguments, calls, pair, value
 from torchaccel.program import Program
 
 Pass = Callable[[Program], int]

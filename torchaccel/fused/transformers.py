@@ -9,9 +9,7 @@ from torch import fx
 from torchaccel.fused import cudnn_plans
 from torchaccel.fused.convolutions import activation_of
 from torchaccel.fused.graph import (
-    arguments,
     aten,
-    calls,
     is_tensor,
     mutates,
     only_user,
@@ -19,11 +17,11 @@ from torchaccel.fused.graph import (
     put_aten,
     replace,
     traced,
-    value,
     weights,
     written_between,
 )
 from torchaccel.fused.views import origin, readers, rows_in_memory, without_copies
+from torchaccel.nodes import arguments, calls, value
 from torchaccel.program import Program
 from torchaccel.weights import WeightRule
 

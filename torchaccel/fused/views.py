@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from torchaccel.fused.graph import arguments, aten, put_aten, value
+from torchaccel.fused.graph import aten, put_aten
+from torchaccel.nodes import arguments, value
 
 
 @dataclass(frozen=True)
