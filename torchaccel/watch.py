@@ -60,6 +60,18 @@ class WeightWatch:
     def accept(self) -> None:
         """Take the module as it is now for the state to compare with."""
         self._stepped = False
+        self._read_structure()
+        self._tensor_ids = set(map(id, self._tensors))
+        self._tracked = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        self._versions = list(map(_version, self._tracked))
+        self._strides = list(map(torch.Tensor.stride, self._tensors))
+        # Kept, so that new data never lands at the address of the old, where it would look the same.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self.shares_storage = self._any_storage_is_shared()
+        self._snapshot: bytes | None = helper.module.snapshot(self._tensors) if helper.module else None
+
+    def _read_structure(self) -> None:
         children = tuple(self._module.modules())
         self._dicts: tuple[dict[Any, Any], ...] = tuple(
             place for child in children for place in (child._modules, child._parameters, child._buffers)
@@ -74,19 +86,10 @@ class WeightWatch:
         self._names = [name for place in self._dicts for name in place]
         self._held = tuple(itertools.chain.from_iterable(map(dict.values, self._dicts)))
         self._tensors = tuple(item for item in self._held if isinstance(item, torch.Tensor))
-        self._tensor_ids = set(map(id, self._tensors))
-        self._tracked = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
-        self._versions = list(map(_version, self._tracked))
         self._sizes = list(map(torch.Tensor.size, self._tensors))
-        self._strides = list(map(torch.Tensor.stride, self._tensors))
         self._kinds = [(tensor.dtype, tensor.device) for tensor in self._tensors]
         first: dict[int, int] = {}
         self._sharing = [first.setdefault(id(tensor), place) for place, tensor in enumerate(self._tensors)]
-        # Kept, so that new data never lands at the address of the old, where it would look the same.
-        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
-        self.shares_storage = self._any_storage_is_shared()
-        self._snapshot: bytes | None = helper.module.snapshot(self._tensors) if helper.module else None
 
     def changed(self) -> bool:
         """Whether anything that PyTorch tracks differs from what was accepted last."""
@@ -137,7 +140,7 @@ class WeightWatch:
         """Whether the change is more than new values: other modules, hooks, modes, shapes, dtypes, devices or ties."""
         fresh = WeightWatch.__new__(WeightWatch)
         fresh._module = self._module
-        fresh.accept()
+        fresh._read_structure()
         same_places = fresh._names == self._names and fresh._sharing == self._sharing
         same_kinds = fresh._sizes == self._sizes and fresh._kinds == self._kinds
         return not (fresh._code() == self._code() and same_places and same_kinds and fresh._modes == self._modes)

@@ -32,14 +32,22 @@ class WeightRule:
 
     def compute(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight, a new tensor on the module's device."""
-        value = self._value(tensors)
-        if missing := max(0, self.input_channels - value.shape[1]) if self.input_channels else 0:
-            value = torch.nn.functional.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
+        value = self._padded(tensors)
         if self.channels_innermost:
             innermost = value.movedim(0, -1).to(self.dtype or value.dtype, copy=True)
             return innermost.contiguous().movedim(-1, 0)
         layout = torch.channels_last if self.channels_last and value.dim() == 4 else torch.contiguous_format
         return value.to(self.dtype or value.dtype, memory_format=layout, copy=True)
+
+    def refresh(self, held: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write what `compute` gives into a tensor that it gave before."""
+        held.copy_(self._padded(tensors))
+
+    def _padded(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        value = self._value(tensors)
+        if missing := max(0, self.input_channels - value.shape[1]) if self.input_channels else 0:
+            value = torch.nn.functional.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
+        return value
 
     def _value(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the function gives, before it is rounded and laid out."""
@@ -56,8 +64,9 @@ def _cast(tensor: torch.Tensor, *, epsilon: float) -> torch.Tensor:
 
 
 def _scale(gamma: torch.Tensor | None, variance: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """γ/√(σ²+ε) in float64, to which products and sums with it take the other operand, exactly."""
     scale = (variance.double() + epsilon).rsqrt()
-    return scale if gamma is None else scale * gamma.double()
+    return scale if gamma is None else scale * gamma
 
 
 def _folded_weight(
@@ -65,7 +74,7 @@ def _folded_weight(
 ) -> torch.Tensor:
     """W·γ/√(σ²+ε) for each output channel, in float64, so that only the final rounding is lost."""
     scale = _scale(gamma, variance, epsilon).reshape(-1, *[1] * (weight.dim() - 1))
-    return (weight.double() * scale).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
+    return (weight * scale).to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
 
 
 def _folded_bias(
@@ -78,10 +87,10 @@ def _folded_bias(
     epsilon: float,
 ) -> torch.Tensor:
     """(b−μ)·γ/√(σ²+ε) + β for each output channel."""
-    centred = (0.0 if bias is None else bias.double()) - mean.double()
+    centred = -mean if bias is None else bias.double() - mean
     folded = centred * _scale(gamma, variance, epsilon)
     if beta is not None:
-        folded = folded + beta.double()
+        folded = folded + beta
     return folded.to(torch.float64 if mean.dtype == torch.float64 else torch.float32)
 
 
@@ -121,7 +130,7 @@ class WeightStore:
         """Bring every held weight up to date, in place: whoever holds the tensor has the new values."""
         tensors = module_tensors(module)
         for rule, held in self._held.items():
-            held.copy_(rule.compute(tensors))
+            rule.refresh(held, tensors)
 
     def rules(self) -> frozenset[WeightRule]:
         """The rules whose weights are held."""
