@@ -196,9 +196,13 @@ class Runner:
         self.pool.calls += 1
 
     @property
-    def input_dtypes(self) -> list[torch.dtype]:
-        """What the engine takes."""
-        return [buffer.dtype for buffer in self._inputs]
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """The static buffers that the engine reads; hold the pool's turn, or own the runner, to write to them."""
+        return self._inputs
+
+    def cast(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """An engine's results in the dtypes that the module would return, themselves where they are that already."""
+        return [result.to(dtype) for result, dtype in zip(results, self._dtypes, strict=True)]
 
     def own(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copies of an engine's results, in the dtypes that the module would return."""

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from torchaccel.runner import Runner
 from torchaccel.signature import Call, read_call
 
 SLOTS = 3
-LANES = 2
 
 Preprocess = Callable[..., Any]
 
@@ -30,6 +29,8 @@ def read_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     >>> read_batch((1, np.zeros(2)))
     ((1, tensor([0., 0.], dtype=torch.float64)), {})
     """
+    if isinstance(batch, torch.Tensor):  # the common batch, without the walk
+        return (batch,), {}
     batch = pytree.tree_map(lambda leaf: _as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
@@ -57,31 +58,36 @@ def check_preprocess(preprocess: Any) -> None:
 
 
 @dataclass
-class _Slot:
-    """One place in the ring: the events that order its steps, its pinned buffers, and the call that it serves."""
-
-    copied_in: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    copied_out: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    pinned: dict[Any, torch.Tensor] = field(default_factory=dict)
-    results: list[torch.Tensor] = field(default_factory=list)
-    assemble: Callable[[list[torch.Tensor]], Any] = list
-
-    def staging(self, index: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """This slot's pinned buffer for the batch's tensor number `index`."""
-        key = (index, shape, dtype)
-        if key not in self.pinned:
-            self.pinned[key] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
-        return self.pinned[key]
-
-
-@dataclass
 class _Lane:
-    """A runner that belongs to the ring: its buffers are filled while the other lane's engine runs."""
+    """A runner that belongs to the ring: its buffers are filled while another lane's engine runs."""
 
     runner: Runner
     filled: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     computed: torch.cuda.Event = field(default_factory=torch.cuda.Event)
     emptied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+
+
+@dataclass
+class _Slot:
+    """One place in the ring: a lane for each runner, pinned buffers, events, and the call that it serves.
+
+    It serves the next call only when the results of the last are on the host: nothing of it is in use then.
+    """
+
+    copied_in: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    copied_out: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    lanes: dict[Runner, _Lane] = field(default_factory=dict)
+    buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
+    reads_pinned: bool = False  # whether what is being copied in is in the caller's own pinned memory
+    results: list[torch.Tensor] = field(default_factory=list)
+    assemble: Callable[[list[torch.Tensor]], Any] = list
+
+    def pinned(self, what: str, index: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """This slot's own pinned buffer for tensor number `index` of what comes or goes."""
+        key = what, index, shape, dtype
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+        return self.buffers[key]
 
 
 _spare: "weakref.WeakKeyDictionary[Runner, list[_Lane]]" = weakref.WeakKeyDictionary()
@@ -100,18 +106,18 @@ def _take_lane(runner: Runner) -> _Lane:
         return lane
 
 
-def _give_back(lanes: dict[Runner, deque[_Lane]]) -> None:
+def _give_back(lanes: dict[Runner, _Lane]) -> None:
     """Keep lanes for the next stream, for as long as their runners live."""
     with _spare_lock:
-        for runner, used in lanes.items():
-            _spare.setdefault(runner, []).extend(used)
+        for runner, lane in lanes.items():
+            _spare.setdefault(runner, []).append(lane)
     lanes.clear()
 
 
 class Ring:
     """Slots on three streams: while one copies in and is preprocessed, another computes and a third copies out.
 
-    Engines run in two lanes, runners of the ring's own: while one computes, the other's buffers are filled.
+    Each slot has a lane for every runner, which is a runner of its own: what it copies in is where the engine reads it.
 
     `find` gives the runner of a call; `keywords` are the names of the module's own arguments.
     """
@@ -128,7 +134,9 @@ class Ring:
         self._preprocess = preprocess
         self._keywords = keywords
         self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
-        self._lanes: dict[Runner, deque[_Lane]] = {}
+        self._asked = torch.cuda.Event()
+        self._slots = [_Slot() for _ in range(SLOTS)]
+        self._reading: torch.cuda.Event | None = None  # of the last batch, if it was in the caller's own pinned memory
 
     def serve(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The result of each batch, in order, on the CPU.
@@ -139,10 +147,11 @@ class Ring:
         try:
             yield from self._serve(batches)
         finally:
-            _give_back(self._lanes)
+            for slot in self._slots:
+                _give_back(slot.lanes)
 
     def _serve(self, batches: Iterable[Any]) -> Iterator[Any]:
-        free = deque(_Slot() for _ in range(SLOTS))
+        free = deque(self._slots)
         busy: deque[_Slot] = deque()
         failure: BaseException | None = None
         source = iter(batches)
@@ -152,6 +161,7 @@ class Ring:
                 yield self._finish(slot)
                 free.append(slot)
             try:
+                self._wait_for_reading()
                 batch = next(source)
                 self._start(free[0], batch)
             except StopIteration:
@@ -166,55 +176,70 @@ class Ring:
             raise failure
 
     def _start(self, slot: _Slot, batch: Any) -> None:
+        """Enqueue all of a batch's work; what it costs the host counts, for small batches as much as the engine."""
         args, kwargs = read_batch(batch)
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         with torch.cuda.device(self._device), torch.no_grad():
+            callers = torch.cuda.current_stream()
             # What the caller has enqueued may write the batch, the weights, or what `preprocess` reads.
-            self._copy_in.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._copy_in):
+            self._asked.record(callers)
+            self._copy_in.wait_event(self._asked)
+            try:
+                torch.cuda.set_stream(self._copy_in)
                 if self._preprocess is not None:
                     args, kwargs = self._decode(slot, args, kwargs)
                 call = read_call(args, kwargs, self._keywords)
                 runner = self._find(call)  # which may build an engine, or refresh the weights
-                lane = self._next_lane(runner)
+                lane = slot.lanes.pop(runner, None) or _take_lane(runner)
                 self._fill(slot, lane, call)
-            self._run(slot, lane, call, runner)
-        if any(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in given):
-            slot.copied_in.synchronize()  # the source may fill its own pinned buffer anew for the next batch
+                torch.cuda.set_stream(self._compute)
+                results = self._run(lane, runner)
+                torch.cuda.set_stream(self._copy_out)
+                self._empty(slot, lane, results, call, runner)
+                slot.lanes[runner] = lane  # one that failed half-way is not used again
+            finally:
+                torch.cuda.set_stream(callers)
 
     def _decode(self, slot: _Slot, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copy the batch in as it is, and preprocess it beside the engine, which works on the batch before."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        on_device = [
-            self._copy(slot, index, leaf, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
-            for index, leaf in enumerate(leaves)
-        ]
-        slot.copied_in.record(self._copy_in)
-        args, kwargs = pytree.tree_unflatten(on_device, spec)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                leaves[index] = self._on_host(slot, index, leaf, leaf.dtype).to(self._device, non_blocking=True)
+        self._note_reading(slot)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
         return preprocessed(args, kwargs, self._preprocess)
 
-    def _copy(self, slot: _Slot, index: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor on the device. One in pageable memory is staged, and cast to a narrower `dtype` on the way."""
-        if tensor.device.type == "cpu" and not tensor.is_pinned():
-            narrows = tensor.is_floating_point() and dtype.is_floating_point and dtype.itemsize < tensor.itemsize
-            tensor = slot.staging(index, tensor.shape, dtype if narrows else tensor.dtype).copy_(tensor)
-        if tensor.is_cuda:
-            tensor.record_stream(self._copy_in)  # the caller may let go of it
-        return tensor.to(self._device, non_blocking=True)
-
     def _fill(self, slot: _Slot, lane: _Lane, call: Call) -> None:
-        """Copy a call's tensors into the lane's buffers, as soon as the batch before in it is done."""
-        pairs = zip(call.tensors, lane.runner.input_dtypes, strict=True)
-        tensors = [self._copy(slot, index, tensor, dtype) for index, (tensor, dtype) in enumerate(pairs)]
-        if self._preprocess is None:
-            slot.copied_in.record(self._copy_in)
-        self._copy_in.wait_event(lane.emptied)
+        """Copy a call's tensors into the lane's buffers: straight from the host where nothing is to be changed."""
+        tensors = []
+        for index, (tensor, buffer) in enumerate(zip(call.tensors, lane.runner.inputs, strict=True)):
+            there = self._on_host(slot, index, tensor, buffer.dtype)
+            straight = there.dtype == buffer.dtype and there.is_contiguous() and buffer.is_contiguous()
+            tensors.append(there if straight else there.to(self._device, non_blocking=True))
+        self._copy_in.wait_event(lane.emptied)  # of an earlier stream that was left before its end
         lane.runner.load_inputs(tensors)
         lane.filled.record(self._copy_in)
+        self._note_reading(slot)
 
-    def _run(self, slot: _Slot, lane: _Lane, call: Call, runner: Runner) -> None:
-        """Run a lane's engine and copy its results out, each on its own stream."""
-        inputs = call.tensors if runner.outputs.reads_inputs else ()
+    def _on_host(self, slot: _Slot, index: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor where the GPU can read it. One in pageable memory is staged, and cast to a narrower `dtype`."""
+        if tensor.is_cuda:
+            tensor.record_stream(self._copy_in)  # the caller may let go of it
+            return tensor
+        if tensor.is_pinned():
+            slot.reads_pinned = True
+            return tensor
+        narrows = tensor.is_floating_point() and dtype.is_floating_point and dtype.itemsize < tensor.itemsize
+        return slot.pinned("in", index, tensor.shape, dtype if narrows else tensor.dtype).copy_(tensor)
+
+    def _note_reading(self, slot: _Slot) -> None:
+        """Where the batch is in the caller's own pinned memory: that is read until here."""
+        if slot.reads_pinned:
+            slot.copied_in.record(self._copy_in)
+            self._reading, slot.reads_pinned = slot.copied_in, False
+
+    def _run(self, lane: _Lane, runner: Runner) -> tuple[torch.Tensor, ...]:
+        """Run a lane's engine."""
 
         def compute() -> tuple[torch.Tensor, ...]:
             self._compute.wait_event(lane.filled)
@@ -223,32 +248,38 @@ class Ring:
             lane.computed.record(self._compute)
             return results
 
-        with torch.cuda.stream(self._compute):
-            results = runner.pool.turn(compute)
-        with torch.cuda.stream(self._copy_out):
-            self._copy_out.wait_event(lane.computed)
-            slot.results = [_copy_out(result) for result in lane.runner.own(results)]
-            handed_back = [_copy_out(tensor) if tensor.is_cuda else tensor.clone() for tensor in inputs]
-            for tensor in (*results, *inputs):
-                if tensor.is_cuda:
-                    tensor.record_stream(self._copy_out)
-            lane.emptied.record(self._copy_out)
-            slot.copied_out.record(self._copy_out)
+        return runner.pool.turn(compute, self._compute)
+
+    def _empty(self, slot: _Slot, lane: _Lane, results: Sequence[torch.Tensor], call: Call, runner: Runner) -> None:
+        """Copy a lane's results out."""
+        self._copy_out.wait_event(lane.computed)
+        inputs = call.tensors if runner.outputs.reads_inputs else ()
+        outputs = [*lane.runner.cast(results), *inputs]
+        copies = [self._copy_out_of(slot, index, output) for index, output in enumerate(outputs)]
+        slot.results, handed_back = copies[: len(results)], copies[len(results) :]
+        for tensor in (*results, *inputs):
+            if tensor.is_cuda:
+                tensor.record_stream(self._copy_out)
+        slot.copied_out.record(self._copy_out)
+        lane.emptied = slot.copied_out
         slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.clone() for tensor in handed_back])
 
-    def _next_lane(self, runner: Runner) -> _Lane:
-        """The one of a runner's two lanes that was used longer ago; each is made when it is first needed."""
-        lanes = self._lanes.setdefault(runner, deque())
-        if len(lanes) < LANES:
-            lanes.append(_take_lane(runner))
-        else:
-            lanes.rotate()
-        return lanes[-1]
+    def _copy_out_of(self, slot: _Slot, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in this slot's own memory on the host, once `copied_out` has come."""
+        if tensor.is_cuda:
+            return slot.pinned("out", index, tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+        return tensor.clone()
+
+    def _wait_for_reading(self) -> None:
+        """Before the caller's code runs, which may fill its own pinned buffer anew: the copy from it has ended.
+
+        Not as soon as it is enqueued: until the result of an earlier batch is there, it has most often ended by itself.
+        """
+        if self._reading is not None:
+            self._reading.synchronize()
+            self._reading = None
 
     def _finish(self, slot: _Slot) -> Any:
         slot.copied_out.synchronize()
+        self._wait_for_reading()
         return slot.assemble([result.clone() for result in slot.results])
-
-
-def _copy_out(result: torch.Tensor) -> torch.Tensor:
-    return torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True).copy_(result, non_blocking=True)

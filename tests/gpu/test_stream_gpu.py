@@ -1,5 +1,7 @@
 """stream(): from the host to the host, in order, overlapped."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,21 @@ def test_arrays_tuples_and_pinned_buffers_filled_anew(served: tuple) -> None:
     check(module, list(model.stream((x,) for x in inputs)), inputs)
     buffer = torch.empty_like(inputs[0], pin_memory=True)
     check(module, list(model.stream(buffer.copy_(x) for x in inputs)), inputs)
+
+
+@pytest.mark.parametrize("preprocess", [None, lambda x: x * 1.0], ids=["", "preprocess"])
+def test_a_pinned_buffer_has_been_read_when_the_source_goes_on(served: tuple, preprocess: Any) -> None:
+    module, model = served
+    inputs = batches()
+    buffer = torch.empty_like(inputs[0], pin_memory=True)
+
+    def source():
+        for x in inputs:
+            buffer.copy_(x)
+            torch.cuda._sleep(20_000_000)  # some 10 ms on the caller's stream, which copies wait for
+            yield buffer
+
+    check(module, list(model.stream(source(), preprocess)), inputs)
 
 
 def test_preprocess_runs_on_the_device(served: tuple) -> None:
