@@ -1,8 +1,9 @@
 """The edges of a captured CUDA graph: which kernels wait for which.
 
-TensorRT-RTX launches its kernels programmatically dependent: one may begin before the kernel ahead of it has ended, and
-waits by itself for what it needs. Not all do, and then results are wrong, now and then. With full edges between them
-none can begin early. (Every other edge is not enough: ResNet-18 was still off in tf32, with a dynamic batch.)
+TensorRT-RTX launches its kernels programmatically dependent, and so does cuDNN some of those that it compiles: one may
+begin before the kernel ahead of it has ended, and waits by itself for what it needs. Not all do, and then results are
+wrong, now and then. With full edges between them none can begin early. (Every other edge is not enough: ResNet-18 was
+still off in tf32, with a dynamic batch.)
 """
 
 import ctypes

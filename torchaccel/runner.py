@@ -264,7 +264,7 @@ class Runner:
         before = torch.cuda.memory_reserved(device)
         generator = torch.cuda.default_generators[device.index]
         random_state = generator.clone_state()
-        graph = torch.cuda.CUDAGraph(keep_graph=self._engine.overlaps)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             # cuBLAS's workspace of this stream, made in the warm-up, is not the graph's: whoever clears the workspaces,
             # as torch.compile's graphs do, would free it. So the capture makes one, in the pool; and no other graph
@@ -273,8 +273,7 @@ class Runner:
             with torch.cuda.graph(graph, pool=self.pool.handle, stream=side, capture_error_mode="thread_local"):
                 self._results = self._engine(*self._inputs)
             torch._C._cuda_clearCublasWorkspaces()
-            if self._engine.overlaps:
-                complete(graph)
+            complete(graph)
             self._graph, self.record.graph = graph, True
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -49,8 +49,7 @@ class Engine(ABC):
 
     channels_last = False
     shares_store = False  # whether its weights are the store's own tensors, and so fresh after `WeightStore.refresh`
-    overlaps = False  # whether its kernels overlap that must not, unless a CUDA graph keeps them apart
-    graph_only = False  # whether they do so often enough that it must not run without one
+    graph_only = False  # whether it is right in a CUDA graph alone, which keeps apart kernels that must not overlap
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -203,12 +202,12 @@ def has_fp32_products(program: Program) -> bool:
 
 
 def keep_apart(engine: Engine, flavour: str, fp32_products: bool, device: torch.device) -> Engine:
-    """The engine, marked if its kernels overlap: TensorRT-RTX's do on Hopper GPUs (measured on an H200, with 1.4).
+    """The engine, marked if its kernels need a graph to keep them apart.
 
-    Those that it computes in TF32 do so often.
+    TensorRT-RTX's overlap on Hopper GPUs (measured on an H200, with 1.4), those that it computes in TF32 often.
     """
-    engine.overlaps = flavour == "tensorrt_rtx" and torch.cuda.get_device_capability(device) >= (9, 0)
-    engine.graph_only = engine.overlaps and fp32_products
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    engine.graph_only = flavour == "tensorrt_rtx" and hopper and fp32_products
     return engine
 
 
@@ -258,7 +257,7 @@ class _TensorRTEngine(Engine):
 
     def another(self) -> Engine:
         other = _TensorRTEngine(self._engine.another(), self._positions)
-        other.overlaps, other.graph_only = self.overlaps, self.graph_only
+        other.graph_only = self.graph_only
         return other
 
     def device_bytes(self) -> int:

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import torch
 
+from torchaccel.edges import complete
 from torchaccel.fused.ahead import is_compiling
 from torchaccel.fused.notes import note, recall
 
@@ -123,7 +124,7 @@ def graph_ms(run: Callable[[], object], device: torch.device) -> float:
         for _ in range(2):
             run()
         side.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             for _ in range(RUNS_IN_A_GRAPH):
@@ -134,6 +135,7 @@ def graph_ms(run: Callable[[], object], device: torch.device) -> float:
                 graph.capture_end()
             raise
         graph.capture_end()
+        complete(graph)
         graph.replay()
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
         for start, end in events:
