@@ -17,7 +17,7 @@ import torch
 
 from recipes.engine_manifest import Manifest, ManifestError, Tensor, read
 from torchaccel import trt
-from torchaccel.backends.base import Plan, tensorrt_honours
+from torchaccel.backends.base import Plan, engine_manifest, tensorrt_honours
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.environment import device_problem, gpus
 from torchaccel.errors import MeasurementWarning, TorchAccelError
@@ -134,11 +134,12 @@ def random_inputs(manifest: Manifest, batch: int, device: torch.device) -> list[
 
 def load_runner(path: Path, manifest: Manifest, tensors: Sequence[torch.Tensor]) -> Runner:
     """The engine on the GPU that `tensors` are on, behind static buffers of their shapes and a CUDA graph."""
-    loading = {
-        "flavour": manifest.flavour,
-        "inputs": list(enumerate(tensor.name for tensor in manifest.inputs)),
-        "outputs": [tensor.name for tensor in manifest.outputs],
-    }
+    loading = engine_manifest(
+        manifest.flavour,
+        list(enumerate(tensor.name for tensor in manifest.inputs)),
+        [tensor.name for tensor in manifest.outputs],
+        fp32_products=PRECISIONS[manifest.precision].dtype is torch.float32,
+    )
     plan = Plan(OnnxTensorRT.name, PRECISIONS[manifest.precision], path.read_bytes(), loading)
     device = tensors[0].device
     engine = OnnxTensorRT().load(plan, device)

@@ -219,6 +219,16 @@ def flavour_honours(flavour: str, precision: Precision) -> str | None:
     return None
 
 
+def engine_manifest(
+    flavour: str, inputs: Sequence[tuple[int, str]], outputs: Sequence[str], *, fp32_products: bool
+) -> dict[str, Any]:
+    """What `TensorRTBacked.load` needs to know of a serialised engine.
+
+    `inputs` are the place and the name of each that it takes; `fp32_products` is `has_fp32_products` of its program.
+    """
+    return {"flavour": flavour, "inputs": list(inputs), "outputs": list(outputs), "fp32_products": fp32_products}
+
+
 class TensorRTBacked(Backend):
     """What the TensorRT backends share: what they rewrite, a plan that is one serialised engine, how it is loaded."""
 

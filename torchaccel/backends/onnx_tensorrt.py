@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchaccel import trt
-from torchaccel.backends.base import Plan, TensorRTBacked, has_fp32_products, tensorrt_honours
+from torchaccel.backends.base import Plan, TensorRTBacked, engine_manifest, has_fp32_products, tensorrt_honours
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
 from torchaccel.program import Program
@@ -61,12 +61,9 @@ class OnnxTensorRT(TensorRTBacked):
                 serialised = trt.build_from_onnx(tensorrt, path, profile, tf32=precision.tf32, device=device)
         finally:
             drop_weights(model, program)
-        manifest = {
-            "flavour": tensorrt.flavour,
-            "fp32_products": has_fp32_products(program),
-            "inputs": list(enumerate(names)),
-            "outputs": [value.name for value in model.graph.outputs],
-        }
+        outputs = [value.name for value in model.graph.outputs]
+        products = has_fp32_products(program)
+        manifest = engine_manifest(tensorrt.flavour, list(enumerate(names)), outputs, fp32_products=products)
         coverage = Coverage(inside=program.operators, engines=1)
         return Plan(self.name, precision, serialised, manifest, coverage, tensorrt.name, source=model)
 
