@@ -5,7 +5,7 @@ import traceback
 import torch
 from torch.nn import functional
 
-from torchaccel.fused import triton_depthwise, triton_linear
+from torchaccel.fused import triton_depthwise, triton_linear, triton_stem
 from torchaccel.fused import triton_kernels as kernels
 from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.reference import ACTIVATIONS, conv_bias_act, linear_act
@@ -94,8 +94,29 @@ def linear() -> None:
             torch.testing.assert_close(result.float(), linear_act(*wide, activation), rtol=1e-3, atol=1e-3)
 
 
+def stem() -> None:
+    cases = [
+        ((2, 12, 14), (64, 7, 7), (3, 3), "relu"),
+        ((1, 9, 10), (24, 3, 3), (1, 1), "silu"),
+        ((2, 9, 10), (7, 3, 3), (0, 0), "none"),
+        ((1, 11, 6), (130, 5, 2), (4, 2), "relu"),
+        ((1, 4, 2), (16, 1, 1), (0, 1), "gelu"),
+    ]
+    for (count, *size), (channels, *window), padding, activation in cases:
+        x, weight = batch(count, 4, *size).half(), batch(channels, 4, *window).half() * 0.1
+        geometry = Geometry((2, 2), padding)
+        assert triton_stem.takes(x, weight, geometry)
+        for bias in (torch.randn(channels).half(), None):
+            wide = (None if tensor is None else tensor.float() for tensor in (x, weight, bias))
+            expected = conv_bias_act(*wide, None, (2, 2), padding, (1, 1), 1, activation)
+            for tile in (triton_stem.Tile(32, 4, 1), triton_stem.Tile(64, 4, 1)):
+                y = like(expected).half()
+                result = triton_stem.stem(x, weight, bias, y, geometry, activation, tile)
+                torch.testing.assert_close(result.float(), expected, rtol=2e-3, atol=2e-3)
+
+
 if __name__ == "__main__":
-    for kernel in (max_pool, mean_pixels, pad_channels, depthwise, linear):
+    for kernel in (max_pool, mean_pixels, pad_channels, depthwise, linear, stem):
         torch.manual_seed(0)
         try:
             kernel()

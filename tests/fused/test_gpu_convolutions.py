@@ -55,6 +55,11 @@ def test_what_is_timed() -> None:
     assert kinds(call(pixels, pointwise, Geometry(), "hardswish")) == ["aten", "matmul", "triton"]
     assert kinds(call(pixels, pointwise, Geometry(), "silu", residual=True)) == ["aten", "matmul", "plan"]
     assert kinds(call(pixels, pointwise, Geometry((2, 2)), "none")) == ["aten"], "too little is left"
+    first, window, strided = (2, 4, 64, 64), (64, 4, 7, 7), Geometry((2, 2), (3, 3))
+    assert kinds(call(first, window, strided)) == ["aten", "cudnn", "triton", "plan"]
+    assert kinds(call(first, window, strided, "hardswish")) == ["aten", "triton"]
+    assert kinds(call(first, window, strided, residual=True)) == ["aten", "cudnn", "plan"]
+    assert kinds(call(first, window, strided, dtype=torch.float32)) == ["aten", "cudnn"]
 
 
 @pytest.mark.usefixtures("_everything")

@@ -20,6 +20,6 @@ def interpreted() -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.skipif(bool(import_problem("triton")), reason=str(import_problem("triton")))
-@pytest.mark.parametrize("kernel", ["max_pool", "mean_pixels", "pad_channels", "depthwise", "linear"])
+@pytest.mark.parametrize("kernel", ["max_pool", "mean_pixels", "pad_channels", "depthwise", "linear", "stem"])
 def test_a_kernel_computes_what_pytorch_does(kernel: str, interpreted: "subprocess.CompletedProcess[str]") -> None:
     assert f"right: {kernel}" in interpreted.stdout.splitlines(), interpreted.stderr

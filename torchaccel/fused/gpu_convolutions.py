@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from torchaccel.fused import cudnn_plans, triton_depthwise, triton_linear
+from torchaccel.fused import cudnn_plans, triton_depthwise, triton_linear, triton_stem
 from torchaccel.fused.choice import Run, choose
 from torchaccel.fused.cudnn_graphs import Problem
 from torchaccel.fused.geometry import Geometry
@@ -102,6 +102,8 @@ def candidates(call: Convolution) -> dict[str, Run]:
         found["matmul"] = functools.partial(matmul, call)
         if call.residual is None and call.is_large and triton_linear.takes(call.x, call.weight, call.activation):
             found |= {tiles.name: functools.partial(triton_product, call, tiles) for tiles in triton_linear.TILES}
+    if call.residual is None and call.is_large and triton_stem.takes(call.x, call.weight, call.geometry):
+        found |= {f"triton {tile}": functools.partial(stem, call, tile) for tile in triton_stem.TILES}
     if planned:
         found["plan"] = functools.partial(plan, call)
     return found
@@ -153,6 +155,12 @@ def _tiles(call: Convolution) -> list[triton_depthwise.Tile]:
         return []
     _, _, rows, columns = call.weight.shape
     return triton_depthwise.tiles(call.shape, call.x.dtype, (rows, columns))
+
+
+def stem(call: Convolution, tile: triton_stem.Tile) -> torch.Tensor:
+    """A network's first convolution, by Triton."""
+    tensors = call.x, channels_last(call.weight), call.bias
+    return triton_stem.stem(*tensors, empty(call.x, call.shape), call.geometry, call.activation, tile)
 
 
 def matmul(call: Convolution) -> torch.Tensor:
