@@ -233,7 +233,7 @@ def test_an_engine_that_does_not_repeat_itself_is_refused() -> None:
     module, x = Lambda(lambda self, x: (x + 1, self.net(x)), net=small_conv_net()), torch.randn(1, 3, 8, 8)
     with pytest.raises(AccuracyError, match="does not repeat itself"):
         build(module, x, Unsteady(native=False))
-    build(module, x, Unsteady(native=True))  # PyTorch's own kernels are run once
+    build(module, x, Unsteady(native=True))  # PyTorch's own kernels on a CPU are run once
 
 
 @pytest.mark.parametrize("wrong_from", [1, 2, 8])

@@ -89,7 +89,7 @@ def _few_host_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-ROUND = 300  # batches
+ROUND = 600  # batches
 STREAM_SHARE = 0.97
 FROM_PAGEABLE_SHARE = 0.9
 FASTER_THAN_A_LOOP = 5.0
