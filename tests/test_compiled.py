@@ -578,13 +578,13 @@ def test_many_threads_get_their_own_results_and_each_signature_is_built_once() -
 
 
 def test_every_result_comes_from_exactly_one_completed_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = WeightRule.compute
+    refresh = WeightRule.refresh
 
-    def slowly(rule: WeightRule, tensors: Any) -> torch.Tensor:
+    def slowly(rule: WeightRule, held: torch.Tensor, tensors: Any) -> None:
         time.sleep(0.002)
-        return compute(rule, tensors)
+        refresh(rule, held, tensors)
 
-    monkeypatch.setattr(WeightRule, "compute", slowly)
+    monkeypatch.setattr(WeightRule, "refresh", slowly)
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     model = on_cpu(module, on_weight_change="ignore")
 

@@ -121,16 +121,16 @@ def test_a_refresh_that_another_thread_was_at_is_made_up_for_in_the_child() -> N
     run("""
         from torchaccel.weights import WeightRule
 
-        compute, begun, go_on, turns = WeightRule.compute, threading.Event(), threading.Event(), []
+        refresh, begun, go_on, turns = WeightRule.refresh, threading.Event(), threading.Event(), []
 
-        def slowly(rule, tensors):
+        def slowly(rule, held, tensors):
             turns.append(1)
             if len(turns) == 3:
                 begun.set()
                 go_on.wait()
-            return compute(rule, tensors)
+            refresh(rule, held, tensors)
 
-        WeightRule.compute = slowly
+        WeightRule.refresh = slowly
         for parameter in module.parameters():
             parameter.data.mul_(0.5)  # which nothing tracks
         refreshing = threading.Thread(target=model.refresh, daemon=True)

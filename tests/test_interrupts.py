@@ -125,7 +125,7 @@ def test_a_build_that_is_interrupted_at_any_moment_leaves_nothing_behind(mode: s
 
 
 def test_an_interrupted_refresh_is_made_up_for_at_the_next_call() -> None:
-    module = nn.Sequential(*[nn.Linear(256, 256) for _ in range(100)])
+    module = nn.Sequential(*[nn.Linear(256, 256) for _ in range(250)])
     model, x, stopped = on_cpu(module), torch.randn(2, 256), 0
     with torch.no_grad():
         model(x)
