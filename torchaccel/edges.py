@@ -7,6 +7,7 @@ still off in tf32, with a dynamic batch.)
 """
 
 import ctypes
+from typing import Any
 
 import torch
 
@@ -27,16 +28,21 @@ def complete(graph: torch.cuda.CUDAGraph) -> int:
 
     Returns how many were not. Raises RuntimeError where the driver refuses; one before CUDA 12.3 has no such edges.
     """
-    done = 0
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        read, remove = driver.cuGraphGetEdges_v2, driver.cuGraphRemoveDependencies_v2
-        add = driver.cuGraphAddDependencies_v2
+        calls = driver.cuGraphGetEdges_v2, driver.cuGraphRemoveDependencies_v2, driver.cuGraphAddDependencies_v2
     except (OSError, AttributeError):
-        graph.instantiate()
-        return done
-    raw, count, one = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t(), ctypes.c_size_t(1)
+        calls = None
+    done = _complete(graph.raw_cuda_graph(), *calls) if calls else 0
+    graph.instantiate()
+    return done
+
+
+def _complete(graph: int, read: Any, remove: Any, add: Any) -> int:
+    raw, count, one, done = ctypes.c_void_p(graph), ctypes.c_size_t(), ctypes.c_size_t(1), 0
     _check(read(raw, None, None, None, ctypes.byref(count)))
+    if not count.value:  # a kernel by itself; the driver refuses to list no edges
+        return done
     sources, targets = ((ctypes.c_void_p * count.value)() for _ in range(2))
     kinds = (_EdgeData * count.value)()
     _check(read(raw, sources, targets, kinds, ctypes.byref(count)))
@@ -46,7 +52,6 @@ def complete(graph: torch.cuda.CUDAGraph) -> int:
             _check(remove(raw, *ends, ctypes.byref(edge), one))
             _check(add(raw, *ends, ctypes.byref(_EdgeData()), one))
             done += 1
-    graph.instantiate()
     return done
 
 
