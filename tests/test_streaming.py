@@ -1,5 +1,6 @@
 """stream() without a GPU: the same results, in the same order, with errors where they belong."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_preprocess_must_be_a_function() -> None:
         check_preprocess("norm")
     with pytest.raises(OptionError, match="preprocess=3"):
         doubling().stream([torch.ones(1)], preprocess=3)
+
+
+@pytest.mark.parametrize("pinned_buffers", [0, -1, 2.0, True, None, "2"])
+def test_pinned_buffers_must_be_a_number_of_them(pinned_buffers: Any) -> None:
+    with pytest.raises(OptionError, match=re.escape(f"pinned_buffers={pinned_buffers!r}: give how many")):
+        doubling().stream([torch.ones(1)], pinned_buffers=pinned_buffers)
+    assert [result.item() for result in doubling().stream([torch.ones(1)] * 3, pinned_buffers=2)] == [2.0] * 3
 
 
 # --- streams ---

@@ -93,18 +93,26 @@ class CompiledModule(nn.Module):
         outputs = runner(call.tensors)
         return runner.outputs.assemble(outputs, call.tensors)
 
-    def stream(self, batches: Iterable[Any], preprocess: Callable[..., Any] | None = None) -> Iterator[Any]:
+    def stream(
+        self, batches: Iterable[Any], preprocess: Callable[..., Any] | None = None, *, pinned_buffers: int = 1
+    ) -> Iterator[Any]:
         """Serve batches from the host, in order, with copy in, compute and copy out overlapped; yields CPU results.
 
         A batch is a tensor or array, a tuple or list of positional arguments, or a dict of keyword arguments; CPU
         tensors, pinned or not, and NumPy arrays. `preprocess` gets a batch's tensors on the device and returns the
-        module's arguments: decode bytes and normalise there, and copy a quarter of the data.
+        module's arguments: decode bytes and normalise there, and copy a quarter of the data. A source that gives its
+        own pinned buffer may fill it anew for the next batch, which waits until the last is copied; one that fills
+        several in turn says how many in `pinned_buffers`, and need not wait.
+
+        Raises `OptionError` for a `preprocess` or `pinned_buffers` of the wrong kind.
         """
         streaming.check_preprocess(preprocess)
+        streaming.check_pinned_buffers(pinned_buffers)
         if self._state.device.type == "cuda":
             refuse_forked_cuda()
         if self._state.device.type == "cuda" and not self.training and not self._wraps_calls():
-            return streaming.Ring(self._state.device, self._find_checked, preprocess, self._keywords).serve(batches)
+            ring = streaming.Ring(self._state.device, self._find_checked, preprocess, self._keywords, pinned_buffers)
+            return ring.serve(batches)
         return (self._serve_one(batch, preprocess) for batch in batches)
 
     def refresh(self) -> None:

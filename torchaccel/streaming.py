@@ -57,6 +57,14 @@ def check_preprocess(preprocess: Any) -> None:
         raise OptionError(f"preprocess={preprocess!r}: give a function of a batch's tensors on the device, or None.")
 
 
+def check_pinned_buffers(pinned_buffers: Any) -> None:
+    """Raise `OptionError` unless it is a number of buffers."""
+    if not isinstance(pinned_buffers, int) or isinstance(pinned_buffers, bool) or pinned_buffers < 1:
+        raise OptionError(
+            f"pinned_buffers={pinned_buffers!r}: give how many pinned buffers the source fills in turn, 1 or more."
+        )
+
+
 @dataclass
 class _Lane:
     """A runner that belongs to the ring: its buffers are filled while another lane's engine runs."""
@@ -119,7 +127,8 @@ class Ring:
 
     Each slot has a lane for every runner, which is a runner of its own: what it copies in is where the engine reads it.
 
-    `find` gives the runner of a call; `keywords` are the names of the module's own arguments.
+    `find` gives the runner of a call; `keywords` are the names of the module's own arguments. A source that gives its
+    own pinned memory fills `pinned_buffers` buffers in turn.
     """
 
     def __init__(
@@ -128,6 +137,7 @@ class Ring:
         find: Callable[[Call], Runner],
         preprocess: Preprocess | None,
         keywords: frozenset[str] = frozenset(),
+        pinned_buffers: int = 1,
     ) -> None:
         self._device = device
         self._find = find
@@ -136,7 +146,8 @@ class Ring:
         self._copy_in, self._compute, self._copy_out = (torch.cuda.Stream(device) for _ in range(3))
         self._asked = torch.cuda.Event()
         self._slots = [_Slot() for _ in range(SLOTS)]
-        self._reading: torch.cuda.Event | None = None  # of the last batch, if it was in the caller's own pinned memory
+        self._pinned_buffers = min(pinned_buffers, SLOTS)  # so many batches are in flight
+        self._reading: deque[torch.cuda.Event] = deque()  # the ends of copies from the caller's own pinned memory
 
     def serve(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The result of each batch, in order, on the CPU.
@@ -158,10 +169,10 @@ class Ring:
         while failure is None:
             if not free:
                 slot = busy.popleft()
-                yield self._finish(slot)
+                yield self._finish(slot, self._pinned_buffers - 1)
                 free.append(slot)
             try:
-                self._wait_for_reading()
+                self._wait_for_reading(self._pinned_buffers - 1)
                 batch = next(source)
                 self._start(free[0], batch)
             except StopIteration:
@@ -171,7 +182,7 @@ class Ring:
             else:
                 busy.append(free.popleft())
         while busy:
-            yield self._finish(busy.popleft())
+            yield self._finish(busy.popleft(), 0)
         if failure is not None:
             raise failure
 
@@ -236,7 +247,8 @@ class Ring:
         """Where the batch is in the caller's own pinned memory: that is read until here."""
         if slot.reads_pinned:
             slot.copied_in.record(self._copy_in)
-            self._reading, slot.reads_pinned = slot.copied_in, False
+            self._reading.append(slot.copied_in)
+            slot.reads_pinned = False
 
     def _run(self, lane: _Lane, runner: Runner) -> tuple[torch.Tensor, ...]:
         """Run a lane's engine."""
@@ -270,16 +282,17 @@ class Ring:
             return slot.pinned("out", index, tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
         return tensor.clone()
 
-    def _wait_for_reading(self) -> None:
-        """Before the caller's code runs, which may fill its own pinned buffer anew: the copy from it has ended.
+    def _wait_for_reading(self, left: int) -> None:
+        """Before the caller's code runs: all copies from its own pinned memory but the last `left` have ended.
 
-        Not as soon as it is enqueued: until the result of an earlier batch is there, it has most often ended by itself.
+        Not as soon as they are enqueued: until the result of an earlier batch is there, most have ended by themselves.
         """
-        if self._reading is not None:
-            self._reading.synchronize()
-            self._reading = None
+        while len(self._reading) > left:
+            self._reading.popleft().synchronize()
 
-    def _finish(self, slot: _Slot) -> Any:
+    def _finish(self, slot: _Slot, left: int) -> Any:
+        """The result of a slot's batch; `left` as above."""
         slot.copied_out.synchronize()
-        self._wait_for_reading()
-        return slot.assemble([result.clone() for result in slot.results])
+        result = slot.assemble([result.clone() for result in slot.results])
+        self._wait_for_reading(left)
+        return result

@@ -47,18 +47,19 @@ def test_arrays_tuples_and_pinned_buffers_filled_anew(served: tuple) -> None:
 
 
 @pytest.mark.parametrize("preprocess", [None, lambda x: x * 1.0], ids=["", "preprocess"])
-def test_a_pinned_buffer_has_been_read_when_the_source_goes_on(served: tuple, preprocess: Any) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pinned_buffer_has_been_read_when_its_turn_comes_again(served: tuple, preprocess: Any, count: int) -> None:
     module, model = served
     inputs = batches()
-    buffer = torch.empty_like(inputs[0], pin_memory=True)
+    buffers = [torch.empty_like(inputs[0], pin_memory=True) for _ in range(count)]
 
     def source():
-        for x in inputs:
-            buffer.copy_(x)
+        for index, x in enumerate(inputs):
+            buffer = buffers[index % count].copy_(x)
             torch.cuda._sleep(20_000_000)  # some 10 ms on the caller's stream, which copies wait for
             yield buffer
 
-    check(module, list(model.stream(source(), preprocess)), inputs)
+    check(module, list(model.stream(source(), preprocess, pinned_buffers=count)), inputs)
 
 
 def test_preprocess_runs_on_the_device(served: tuple) -> None:
