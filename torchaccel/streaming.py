@@ -65,14 +65,18 @@ def check_pinned_buffers(pinned_buffers: Any) -> None:
         )
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()
+
+
 @dataclass
 class _Lane:
     """A runner that belongs to the ring: its buffers are filled while another lane's engine runs."""
 
     runner: Runner
-    filled: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    computed: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    emptied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    filled: torch.cuda.Event = field(default_factory=_event)
+    computed: torch.cuda.Event = field(default_factory=_event)
+    emptied: torch.cuda.Event = field(default_factory=_event)
 
 
 @dataclass
@@ -82,8 +86,8 @@ class _Slot:
     It serves the next call only when the results of the last are on the host: nothing of it is in use then.
     """
 
-    copied_in: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    copied_out: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    copied_in: torch.cuda.Event = field(default_factory=_event)
+    copied_out: torch.cuda.Event = field(default_factory=_event)
     lanes: dict[Runner, _Lane] = field(default_factory=dict)
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     reads_pinned: bool = False  # whether what is being copied in is in the caller's own pinned memory
@@ -274,7 +278,9 @@ class Ring:
                 tensor.record_stream(self._copy_out)
         slot.copied_out.record(self._copy_out)
         lane.emptied = slot.copied_out
-        slot.assemble = lambda outputs: runner.outputs.assemble(outputs, [tensor.clone() for tensor in handed_back])
+        slot.assemble = lambda outputs: runner.outputs.assemble(
+            outputs, [copy.clone() if copy.is_pinned() else copy for copy in handed_back]
+        )
 
     def _copy_out_of(self, slot: _Slot, index: int, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in this slot's own memory on the host, once `copied_out` has come."""
