@@ -32,6 +32,9 @@ class Stream:
         self.enqueue()
         self.clock = merged(self.clock, event.clock)
 
+    def synchronize(self) -> None:
+        self.cuda.host = merged(self.cuda.host, self.enqueue())
+
     def enqueue(self) -> Clock:
         """One more step, after all that the host knows of; its time."""
         self.clock = merged(self.clock, self.cuda.host)
@@ -50,8 +53,15 @@ class Event:
         self.cuda.host = merged(self.cuda.host, self.clock)
 
 
+class _EventBase:
+    record = staticmethod(Event.record)
+
+
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.add.Tensor)
+
+
 class SimulatedCuda(TorchDispatchMode):
-    """What the ring behind `stream()` uses of CUDA; `made` patches it in, and the mode watches every tensor."""
+    """What runners and the ring behind `stream()` use of CUDA; `patch` puts it there, the mode watches every tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,8 +94,15 @@ class SimulatedCuda(TorchDispatchMode):
             "current_stream": lambda *_: self.current,
             "set_stream": set_stream,
             "device": lambda _: nullcontext(),
+            "graph_pool_handle": object,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        for name, value in {
+            "_CudaEventBase": _EventBase,
+            "_cuda_getCurrentRawStream": lambda _: id(self.current),
+            "_cuda_getDevice": lambda: 0,
+        }.items():
+            monkeypatch.setattr(torch._C, name, value, raising=False)
         empty, to = torch.empty, torch.Tensor.to
         on_device = property(lambda tensor: tensor.data_ptr() in self.on_device)
 
@@ -105,6 +122,7 @@ class SimulatedCuda(TorchDispatchMode):
         monkeypatch.setattr(torch, "empty", pinned)
         monkeypatch.setattr(torch.Tensor, "to", moved)
         monkeypatch.setattr(torch.Tensor, "is_cuda", on_device)
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: not tensor.is_cuda))
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in self.pinned)
         monkeypatch.setattr(torch.Tensor, "record_stream", recorded)
 
@@ -119,7 +137,7 @@ class SimulatedCuda(TorchDispatchMode):
         self.kept += [result] if isinstance(result, torch.Tensor) else []
         if func is torch.ops.aten.copy_.default:
             self.touch(written=given[:1], read=given[1:])
-        elif func is torch.ops.aten.clone.default or func is torch.ops.aten.add.Tensor:
+        elif func in _COPIES:
             if given[0].data_ptr() in self.on_device:
                 self.on_device.add(result.data_ptr())
             self.touch(written=[result], read=given)
