@@ -39,8 +39,9 @@ class PlusOne:
         self, cuda: SimulatedCuda, *, hands_back: bool = False, graph: bool = True, pool: Turns | None = None
     ) -> None:
         self.cuda, self.hands_back, self.graph, self.pool = cuda, hands_back, graph, pool or Turns(cuda)
-        self.inputs = (cuda.empty(SHAPE, device=True),)
-        self.result = cuda.empty(SHAPE, device=True)
+        with torch.inference_mode(False):
+            self.inputs = (cuda.empty(SHAPE, device=True),)
+            self.result = cuda.empty(SHAPE, device=True)
         self.record, self.calls, self.fails = RunnerRecord("float32", graph=graph), 0, False
         self.results: list[tuple[torch.Tensor, Stream]] = []
         x = torch.zeros(SHAPE)
@@ -187,6 +188,14 @@ def test_what_a_stream_reads_is_not_given_to_others_before(cuda: SimulatedCuda) 
     assert all(cuda.may_be_freed(tensor, cuda.callers) for tensor in given)
     assert runner.results
     assert all(cuda.may_be_freed(*result) for result in runner.results)
+
+
+def test_inference_mode_may_begin_and_end_between_batches(cuda: SimulatedCuda) -> None:
+    results, stream = [], ring(cuda, PlusOne(cuda)).serve(batches())
+    for number in range(8):
+        with torch.inference_mode(number % 2 == 0):
+            results.append(next(stream))
+    assert same(results, [tensor + 1 for tensor in batches()])
 
 
 def test_a_stream_that_is_left_leaves_its_lanes_in_order(cuda: SimulatedCuda) -> None:

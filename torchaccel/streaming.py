@@ -98,7 +98,8 @@ class _Slot:
         """This slot's own pinned buffer for tensor number `index` of what comes or goes."""
         key = what, index, shape, dtype
         if key not in self.buffers:
-            self.buffers[key] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+            with torch.inference_mode(False):  # the next batch may come outside it
+                self.buffers[key] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
         return self.buffers[key]
 
 
