@@ -4,11 +4,14 @@ Engines are stand-ins here, and CUDA's streams are simulated (tests/simulated_cu
 the real ones.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.simulated_cuda import Event, Race, SimulatedCuda, Stream
 from torchaccel import streaming
@@ -21,9 +24,10 @@ SHAPE = (2, 3)
 class Turns:
     """The pool: runs come one after the other, since their graphs share memory."""
 
-    def __init__(self, cuda: SimulatedCuda) -> None:
+    def __init__(self, cuda: SimulatedCuda, shape: tuple[int, ...] = SHAPE) -> None:
         self.done = Event(cuda)
-        self.shared = cuda.empty(SHAPE, device=True)
+        with torch.inference_mode(False):
+            self.shared = cuda.empty(shape, device=True)
 
     def turn(self, work: Callable[[], Any], stream: Stream) -> Any:
         stream.wait_event(self.done)
@@ -36,20 +40,28 @@ class PlusOne:
     """A runner that adds one; `hands_back` has it return its input too, `graph` its result in a static buffer."""
 
     def __init__(
-        self, cuda: SimulatedCuda, *, hands_back: bool = False, graph: bool = True, pool: Turns | None = None
+        self,
+        cuda: SimulatedCuda,
+        *,
+        hands_back: bool = False,
+        graph: bool = True,
+        pool: Turns | None = None,
+        shape: tuple[int, ...] = SHAPE,
     ) -> None:
-        self.cuda, self.hands_back, self.graph, self.pool = cuda, hands_back, graph, pool or Turns(cuda)
+        self.cuda, self.pool, self.options = cuda, pool or Turns(cuda, shape), (hands_back, graph, shape)
+        self.graph = graph
         with torch.inference_mode(False):
-            self.inputs = (cuda.empty(SHAPE, device=True),)
-            self.result = cuda.empty(SHAPE, device=True)
+            self.inputs = (cuda.empty(shape, device=True),)
+            self.result = cuda.empty(shape, device=True)
         self.record, self.calls, self.fails = RunnerRecord("float32", graph=graph), 0, False
         self.results: list[tuple[torch.Tensor, Stream]] = []
-        x = torch.zeros(SHAPE)
-        y = torch.zeros(SHAPE)
+        x = torch.zeros(shape)
+        y = torch.zeros(shape)
         self.outputs = split_outputs((y, x) if hands_back else y, [x])[1]
 
     def twin(self) -> "PlusOne":
-        twin = PlusOne(self.cuda, hands_back=self.hands_back, graph=self.graph, pool=self.pool)
+        hands_back, graph, shape = self.options
+        twin = PlusOne(self.cuda, hands_back=hands_back, graph=graph, pool=self.pool, shape=shape)
         twin.results = self.results
         return twin
 
@@ -196,6 +208,44 @@ def test_inference_mode_may_begin_and_end_between_batches(cuda: SimulatedCuda) -
         with torch.inference_mode(number % 2 == 0):
             results.append(next(stream))
     assert same(results, [tensor + 1 for tensor in batches()])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(["pageable", "pinned", "device"]), st.integers(1, 3)), max_size=9),
+    pinned_buffers=st.integers(1, 4),
+    with_preprocess=st.booleans(),
+    moments=st.lists(st.booleans(), min_size=10, max_size=10),
+)
+def test_whatever_comes_nothing_is_touched_before_its_turn(
+    kinds: list[tuple[str, int]], pinned_buffers: int, with_preprocess: bool, moments: list[bool]
+) -> None:
+    """Batches of several shapes, from everywhere, and inference mode on and off."""
+    with pytest.MonkeyPatch.context() as monkeypatch, SimulatedCuda() as cuda:
+        cuda.patch(monkeypatch)
+        runners = {rows: PlusOne(cuda, shape=(rows, 3)) for rows in (1, 2, 3)}
+        given = [torch.full((rows, 3), float(index)) for index, (_, rows) in enumerate(kinds)]
+        buffers = {rows: [cuda.empty((rows, 3)) for _ in range(pinned_buffers)] for rows in runners}
+        turns = itertools.count()
+
+        def source() -> Iterator[torch.Tensor]:
+            for (kind, rows), tensor in zip(kinds, given, strict=True):
+                if kind == "pinned":
+                    yield buffers[rows][next(turns) % pinned_buffers].copy_(tensor)
+                else:
+                    yield tensor.to(cuda.device) if kind == "device" else tensor
+
+        served = streaming.Ring(
+            cuda.device,
+            lambda call: runners[len(call.tensors[0])],  # type: ignore[arg-type,return-value]
+            (lambda x: x + 1) if with_preprocess else None,
+            pinned_buffers=pinned_buffers,
+        ).serve(source())
+        results = []
+        for inference in moments:
+            with torch.inference_mode(inference):
+                results += [result for result in [next(served, None)] if result is not None]
+        assert same(results, [tensor + (2 if with_preprocess else 1) for tensor in given])
 
 
 def test_a_stream_that_is_left_leaves_its_lanes_in_order(cuda: SimulatedCuda) -> None:
