@@ -236,6 +236,22 @@ def test_an_engine_that_does_not_repeat_itself_is_refused() -> None:
     build(module, x, Unsteady(native=True))  # PyTorch's own kernels on a CPU are run once
 
 
+class Overlapping(Eager):
+    """An engine whose kernels a CUDA graph has to keep apart."""
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        engine = super().load(plan, device)
+        engine.overlaps = True
+        return engine
+
+
+def test_an_engine_that_needs_a_graph_and_has_none_is_warned_of() -> None:
+    with pytest.warns(
+        BackendWarning, match=r"none \(CUDA graphs need a GPU\), and one result in some thousand is wrong"
+    ):
+        build(small_conv_net(), torch.randn(1, 3, 8, 8), Overlapping())
+
+
 @pytest.mark.parametrize("wrong_from", [1, 2, 8])
 def test_an_engine_that_is_wrong_at_one_of_them_is_refused(wrong_from: int) -> None:
     with pytest.raises(AccuracyError, match=f"at batch {wrong_from}"):

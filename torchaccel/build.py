@@ -39,6 +39,11 @@ _RACES = (
     "It passed a moment before, on the same inputs: the engine does not repeat itself, as kernels that race do not. "
     "Another precision or backend has other kernels."
 )
+_OVERLAPS = (
+    "TensorRT-RTX's kernels overlap on this GPU where they must not, unless a CUDA graph keeps them apart. There is "
+    "none ({}), and one result in some thousand is wrong, beside other processes one in a hundred. Leave "
+    "cuda_graph=True, or take another backend."
+)
 REPEATS = 8  # further runs in the gate of what runs on a GPU
 
 
@@ -211,6 +216,8 @@ class Builder:
         options, record = self.options, built.record
         with _timed(record, "load_ms"), _running(built.backend):
             runner = built.runner(tensors, pool, options.cuda_graph)
+        if runner.overlaps:
+            warnings.warn(_OVERLAPS.format(runner.record.why_no_graph), BackendWarning, stacklevel=2)
         record.library = built.plan.library
         _measure_outside(record, runner)
         with _timed(record, "gate_ms"):

@@ -196,6 +196,11 @@ class Runner:
         self.pool.calls += 1
 
     @property
+    def overlaps(self) -> bool:
+        """Whether nothing keeps its engine's kernels apart that must not overlap: now and then a result is wrong."""
+        return self._graph is None and self._engine.overlaps
+
+    @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """The static buffers that the engine reads; hold the pool's turn, or own the runner, to write to them."""
         return self._inputs

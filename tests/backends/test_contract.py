@@ -156,18 +156,18 @@ def test_tensorrt_rtx_is_never_asked_for_ieee_fp32(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("flavour", "compute", "capability", "graph_only"),
+    ("flavour", "compute", "capability", "marks"),
     [
-        ("tensorrt_rtx", ("fp16", ()), (9, 0), False),
-        ("tensorrt_rtx", ("fp16", ("fc",)), (9, 0), True),
-        ("tensorrt_rtx", ("fp16", ("norm",)), (9, 0), False),
-        ("tensorrt_rtx", ("tf32", ()), (9, 0), True),
-        ("tensorrt_rtx", ("tf32", ()), (8, 9), False),
-        ("tensorrt", ("tf32", ()), (9, 0), False),
+        ("tensorrt_rtx", ("fp16", ()), (9, 0), (True, False)),
+        ("tensorrt_rtx", ("fp16", ("fc",)), (9, 0), (True, True)),
+        ("tensorrt_rtx", ("fp16", ("norm",)), (9, 0), (True, False)),
+        ("tensorrt_rtx", ("tf32", ()), (9, 0), (True, True)),
+        ("tensorrt_rtx", ("tf32", ()), (8, 9), (False, False)),
+        ("tensorrt", ("tf32", ()), (9, 0), (False, False)),
     ],
 )
 def test_engines_that_need_a_graph_are_marked(
-    flavour: str, compute: Any, capability: tuple[int, int], graph_only: bool, monkeypatch: pytest.MonkeyPatch
+    flavour: str, compute: Any, capability: tuple[int, int], marks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchaccel.backends import base
 
@@ -176,7 +176,7 @@ def test_engines_that_need_a_graph_are_marked(
     program = captured(small_conv_net(), images(), precision=precision, keep_fp32=keep_fp32)
     engine = base.NativeEngine(lambda: (), PRECISIONS[precision])
     assert base.keep_apart(engine, flavour, base.has_fp32_products(program), GPU) is engine
-    assert engine.graph_only == graph_only
+    assert (engine.overlaps, engine.graph_only) == marks
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -1,12 +1,15 @@
 """What the GPU tests share."""
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 import torchaccel
+from torchaccel import trt
 from torchaccel.compiler import BACKENDS
 from torchaccel.precision import PRECISIONS
 
@@ -26,6 +29,15 @@ def need(backend: str, precision: str = "fp16") -> None:
     """Skip the test, with the reason, where the machine lacks what it is about."""
     if reason := problem(backend, precision):
         pytest.skip(f"{backend} at {precision}: {reason}")
+
+
+def warned_of_overlap(backend: str, graph: bool) -> AbstractContextManager[Any]:
+    """Within it a build must warn that kernels overlap, if they do there without a graph."""
+    if graph or backend not in TENSORRT or trt.load().flavour != "tensorrt_rtx":
+        return nullcontext()
+    if torch.cuda.get_device_capability() < (9, 0):
+        return nullcontext()
+    return pytest.warns(torchaccel.BackendWarning, match="one result in some thousand is wrong")
 
 
 def relative_error(result: object, expected: object) -> float:

@@ -49,7 +49,8 @@ class Engine(ABC):
 
     channels_last = False
     shares_store = False  # whether its weights are the store's own tensors, and so fresh after `WeightStore.refresh`
-    graph_only = False  # whether it is right in a CUDA graph alone, which keeps apart kernels that must not overlap
+    overlaps = False  # whether its kernels overlap that must not, unless a CUDA graph keeps them apart
+    graph_only = False  # whether they do so often enough that it must not run without one
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -206,8 +207,8 @@ def keep_apart(engine: Engine, flavour: str, fp32_products: bool, device: torch.
 
     TensorRT-RTX's overlap on Hopper GPUs (measured on an H200, with 1.4), those that it computes in TF32 often.
     """
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    engine.graph_only = flavour == "tensorrt_rtx" and hopper and fp32_products
+    engine.overlaps = flavour == "tensorrt_rtx" and torch.cuda.get_device_capability(device) >= (9, 0)
+    engine.graph_only = engine.overlaps and fp32_products
     return engine
 
 
@@ -267,7 +268,7 @@ class _TensorRTEngine(Engine):
 
     def another(self) -> Engine:
         other = _TensorRTEngine(self._engine.another(), self._positions)
-        other.graph_only = self.graph_only
+        other.overlaps, other.graph_only = self.overlaps, self.graph_only
         return other
 
     def device_bytes(self) -> int:
