@@ -133,6 +133,17 @@ def test_what_was_unused_for_longest_goes_first_whatever_it_is(cache: Cache) -> 
     assert (kernels.kind, kernels.size_bytes, kernels.last_used_s) == ("triton", 400 << 10, 1e9 - 100)
 
 
+def test_what_is_compiled_is_bounded_as_soon_as_it_is_there(cache: Cache) -> None:
+    old = write(cache.folder / "triton/OLD/kernel.cubin", 700 << 10, 300)
+    with cache.compiling(CPU):
+        middle = write(cache.folder / "triton/MIDDLE/kernel.cubin", 100 << 10, 200)
+        young = write(cache.folder / "triton/YOUNG/kernel.cubin", 700 << 10, 100)
+        assert old.exists(), "nothing goes while it may be in use"
+    assert [path.exists() for path in (old, middle, young)] == [False, True, True]
+    (kernels,) = cache.compiled()
+    assert (kernels.size_bytes, kernels.last_used_s) == (800 << 10, 1e9 - 100)
+
+
 def test_without_a_cache_pytorch_keeps_its_own_folders(cache: Cache) -> None:
     if reason := BACKENDS["inductor"].unavailable():
         pytest.skip(reason)

@@ -1,7 +1,9 @@
 """The cache on disk: kills, races, damage, bounds, and folders that cannot be used."""
 
+import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,7 +73,15 @@ def test_a_key_of_any_plain_values_is_found_again(cache: Cache) -> None:
 
 def test_only_its_owner_may_read_what_is_kept(cache: Cache) -> None:
     cache.put(KEY, payload(1), {})
-    assert all(path.stat().st_mode & 0o077 == 0 for path in files_in(cache, "entries"))
+    flip(-1)(cache.path(KEY))
+    with pytest.warns(CacheWarning):
+        assert cache.get(KEY) is None
+    with Cache(cache.folder / "locked first", LIMIT).lock(KEY):
+        pass
+    cache.put(KEY, payload(1), {})
+    found = [path for path in cache.folder.rglob("*") if path.name != "locked first"]
+    assert {path.name for path in found if path.is_dir()} == {"entries", "damaged", "busy"}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in found)
 
 
 def test_nothing_in_it_is_unpickled() -> None:
@@ -147,6 +157,38 @@ def test_a_lock_is_given_back_where_the_build_fails(cache: Cache) -> None:
         pass
 
 
+def test_a_lock_that_a_forked_child_has_open_too_is_given_back(cache: Cache) -> None:
+    waiter = threading.Thread(target=lambda: cache.lock(KEY).__enter__(), daemon=True)
+    with cache.lock(KEY), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside other threads
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        waiter.start()
+        time.sleep(0.2)  # by now it waits for the very file that the child has open
+    try:
+        waiter.join(timeout=20)
+        assert not waiter.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_what_one_is_writing_another_does_not_sweep_away(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, others = os.fsync, iter([key(2)])
+
+    def fsync(descriptor: int) -> None:
+        for other in others:
+            Cache(cache.folder, LIMIT).put(other, payload(2), {})
+        real(descriptor)
+
+    monkeypatch.setattr(module.os, "fsync", fsync)
+    cache.put(KEY, payload(1), {})
+    assert cache.get(KEY) is not None
+    assert cache.get(key(2)) is not None
+
+
 def test_a_lock_that_is_held_for_ever_is_waited_for_until_a_limit(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +241,15 @@ def test_what_is_damaged_is_moved_aside_with_one_warning(cache: Cache, damage: C
     assert list(cache.verify().values()) == [""]
 
 
+def test_of_two_damaged_entries_of_one_key_both_are_kept(cache: Cache) -> None:
+    for number in range(2):
+        cache.put(KEY, payload(number), {})
+        flip(-1)(cache.path(KEY))
+        with pytest.warns(CacheWarning):
+            assert cache.get(KEY) is None
+    assert len(files_in(cache, "damaged")) == 2
+
+
 def test_every_single_byte_counts(cache: Cache) -> None:
     cache.put(KEY, {"plan": b"payload"}, {"what": "a plan"})
     path = cache.path(KEY)
@@ -238,6 +289,8 @@ def test_what_is_moved_aside_is_bounded(cache: Cache) -> None:
             assert cache.get(key(number)) is None
     assert len(files_in(cache, "damaged")) == module.DAMAGED_KEPT
     cache.put(KEY, payload(1), {})
+    for path in files_in(cache, "damaged"):
+        os.utime(path, (time.time() + 60,) * 2)
     small = Cache(cache.folder, 200_000)
     small.put(key(1), payload(2), {})
     assert small.get(KEY) is not None, "what is damaged goes before what is whole"
@@ -346,6 +399,45 @@ def test_a_folder_that_may_only_be_read_serves(open_to_all: Path) -> None:
         assert entry is not None
         assert entry.files == payload(1)
         assert not os.access(cache.folder, os.W_OK, effective_ids=True)
+
+
+def test_an_entry_that_may_not_be_read_is_named(open_to_all: Path) -> None:
+    cache = Cache(open_to_all / "cache", LIMIT)
+    cache.put(KEY, payload(1), {})
+    for folder in (cache.folder, *cache.folder.iterdir()):
+        folder.chmod(0o755)
+    with without_privileges(), pytest.warns(CacheWarning, match="could not read in the cache.*Permission"):
+        assert cache.get(KEY) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [(errno.ENOSPC, "make room there"), (errno.EDQUOT, "make room there"), (errno.EROFS, "mend that")],
+)
+def test_the_remedy_is_that_of_what_the_file_system_says(
+    cache: Cache, error: int, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(module.os, "fsync", fsync)
+    with pytest.warns(CacheWarning, match=f"could not write.*builds its own: {remedy}"):
+        cache.put(KEY, payload(1), {})
+    assert files_in(cache, "busy") == files_in(cache, "entries") == []
+
+
+def test_what_another_process_removes_meanwhile_is_not_listed(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        cache.put(key(number), payload(number), {})
+    real, (gone, *others) = Path.lstat, files_in(cache, "entries")
+
+    def lstat(path: Path) -> os.stat_result:
+        if path == gone:
+            gone.unlink(missing_ok=True)
+        return real(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert {entry.path for entry in cache.entries()} == set(others)
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
