@@ -5,8 +5,8 @@ free to do in another order. Each stream, and the host, has a vector clock (Fidg
 stream, who waits for it merges it. A tensor that one writes while another may still read or write it is a race.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -160,3 +160,11 @@ class SimulatedCuda(TorchDispatchMode):
                 self.writes[place], self.reads[place] = (name, dict(clock)), []
             else:
                 self.reads.setdefault(place, []).append((name, dict(clock)))
+
+
+@contextmanager
+def simulated_cuda() -> Iterator[SimulatedCuda]:
+    """CUDA, simulated, in the place of PyTorch's."""
+    with pytest.MonkeyPatch.context() as monkeypatch, SimulatedCuda() as simulated:
+        simulated.patch(monkeypatch)
+        yield simulated

@@ -249,7 +249,9 @@ def test_an_engine_that_needs_a_graph_and_has_none_is_warned_of() -> None:
     with pytest.warns(
         BackendWarning, match=r"none \(CUDA graphs need a GPU\), and one result in some thousand is wrong"
     ):
-        build(small_conv_net(), torch.randn(1, 3, 8, 8), Overlapping())
+        built, runner, _ = build(small_conv_net(), torch.randn(1, 3, 8, 8), Overlapping())
+    with pytest.warns(BackendWarning, match="one result in some thousand is wrong"):  # so is a runner made later
+        built.runner([torch.randn(1, 3, 8, 8)], runner.pool, cuda_graph=True)
 
 
 @pytest.mark.parametrize("wrong_from", [1, 2, 8])

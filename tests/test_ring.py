@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.simulated_cuda import Event, Race, SimulatedCuda, Stream
+from tests.simulated_cuda import Event, Race, SimulatedCuda, Stream, simulated_cuda
 from torchaccel import streaming
 from torchaccel.report import RunnerRecord
 from torchaccel.signature import split_outputs
@@ -88,10 +88,8 @@ class PlusOne:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
-    simulated = SimulatedCuda()
-    simulated.patch(monkeypatch)
-    with simulated:
+def cuda() -> Iterator[SimulatedCuda]:
+    with simulated_cuda() as simulated:
         yield simulated
 
 
@@ -221,8 +219,7 @@ def test_whatever_comes_nothing_is_touched_before_its_turn(
     kinds: list[tuple[str, int]], pinned_buffers: int, with_preprocess: bool, moments: list[bool]
 ) -> None:
     """Batches of several shapes, from everywhere, and inference mode on and off."""
-    with pytest.MonkeyPatch.context() as monkeypatch, SimulatedCuda() as cuda:
-        cuda.patch(monkeypatch)
+    with simulated_cuda() as cuda:
         runners = {rows: PlusOne(cuda, shape=(rows, 3)) for rows in (1, 2, 3)}
         given = [torch.full((rows, 3), float(index)) for index, (_, rows) in enumerate(kinds)]
         buffers = {rows: [cuda.empty((rows, 3)) for _ in range(pinned_buffers)] for rows in runners}

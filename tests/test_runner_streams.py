@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.simulated_cuda import SimulatedCuda
+from tests.simulated_cuda import SimulatedCuda, simulated_cuda
 from torchaccel.backends.base import Engine
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import split_outputs
@@ -30,10 +30,8 @@ class Sum(Engine):
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
-    simulated = SimulatedCuda()
-    simulated.patch(monkeypatch)
-    with simulated:
+def cuda() -> Iterator[SimulatedCuda]:
+    with simulated_cuda() as simulated:
         yield simulated
 
 

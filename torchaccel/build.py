@@ -75,7 +75,10 @@ class Built:
             self.engine = engine if self.dynamic or engine.shares_store else None
         with torch.inference_mode(False):
             examples = [engine_input(tensor, self.plan.precision.dtype) for tensor in tensors]
-        return Runner(engine, examples, self.dtypes, self.outputs, pool, describe(tensors), cuda_graph)
+        runner = Runner(engine, examples, self.dtypes, self.outputs, pool, describe(tensors), cuda_graph)
+        if runner.overlaps:
+            warnings.warn(_OVERLAPS.format(runner.record.why_no_graph), BackendWarning, stacklevel=2)
+        return runner
 
 
 @dataclass
@@ -216,8 +219,6 @@ class Builder:
         options, record = self.options, built.record
         with _timed(record, "load_ms"), _running(built.backend):
             runner = built.runner(tensors, pool, options.cuda_graph)
-        if runner.overlaps:
-            warnings.warn(_OVERLAPS.format(runner.record.why_no_graph), BackendWarning, stacklevel=2)
         record.library = built.plan.library
         _measure_outside(record, runner)
         with _timed(record, "gate_ms"):
