@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks import results_file
 from benchmarks.suite_table import conclusion
-from torchaccel.environment import distribution_version
 from torchaccel.locks import hold
+from torchaccel.probes import distribution_version
 from torchaccel.provenance import provenance
 
 Row = dict[str, Any]

@@ -25,9 +25,9 @@ from recipes.onnx_model import as_tensor, input_shapes, read_model
 from recipes.onnx_to_fp16 import converter_version, write_fp16
 from torchaccel import trt
 from torchaccel.backends.base import flavour_honours, tensorrt_honours
-from torchaccel.environment import distribution_version, gpus
 from torchaccel.errors import TorchAccelError
 from torchaccel.precision import PRECISIONS
+from torchaccel.probes import distribution_version, gpus
 
 ENDINGS = {"fp32": ".trt", "tf32": "_tf32.trt", "fp16": "_fp16.trt"}
 

@@ -19,10 +19,11 @@ from recipes.engine_manifest import Manifest, ManifestError, Tensor, read
 from torchaccel import trt
 from torchaccel.backends.base import Plan, engine_manifest, tensorrt_honours
 from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
-from torchaccel.environment import device_problem, gpus
+from torchaccel.combinations import device_problem
 from torchaccel.errors import MeasurementWarning, TorchAccelError
 from torchaccel.figures import Timing
 from torchaccel.precision import PRECISIONS
+from torchaccel.probes import gpus
 from torchaccel.runner import Pool, Runner
 from torchaccel.signature import split_outputs
 from torchaccel.timing import measure

@@ -1,4 +1,4 @@
-"""environment.py against faked installations: metadata folders, modules, compilers, drivers and an nvidia-smi."""
+"""environment.py, probes.py and combinations.py against faked installations: metadata, modules, compilers, drivers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from torchaccel import combinations, probes
+
 # the package re-exports a function of the same name, so that `import torchaccel.environment as ...` may give that
 environment = importlib.import_module("torchaccel.environment")
+
+
 provenance = importlib.import_module("torchaccel.provenance")
 
 MODULES = ("torch_tensorrt", "tensorrt", "tensorrt_rtx")
@@ -33,7 +37,7 @@ CLOSED_DRIVER = (
 
 
 def clear_caches() -> None:
-    for function in vars(environment).values():
+    for function in vars(probes).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
 
@@ -43,7 +47,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A machine without driver, GPU or nvidia-smi, and without what an earlier test imported or found."""
     clear_caches()
     imported = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    monkeypatch.setattr(environment, "_DRIVER_FILE", tmp_path / "no-driver")
+    monkeypatch.setattr(probes, "_DRIVER_FILE", tmp_path / "no-driver")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     put_on_path(monkeypatch, tmp_path / "no-smi", "nvidia-smi", "#!/bin/sh\nexit 9\n")
@@ -116,7 +120,7 @@ def component(name: str) -> Any:
 
 
 def problem_names() -> list[str]:
-    return [problem.name for problem in environment.bad_combinations()]
+    return [problem.name for problem in combinations.bad_combinations()]
 
 
 # ---- importing the file ----
@@ -128,7 +132,7 @@ def problem_names() -> list[str]:
         ("import torchaccel", {"tensorrt", "tensorrt_rtx", "torch_tensorrt"}),
         # the file by itself, without the package around it
         (
-            f"import runpy; runpy.run_path({environment.__file__!r})",
+            f"import runpy; runpy.run_path({probes.__file__!r})",
             {"tensorrt", "tensorrt_rtx", "torch_tensorrt", "onnx", "onnxscript", "triton", "rich"},
         ),
     ],
@@ -146,11 +150,11 @@ def test_importing_it_imports_no_engine_and_initialises_no_cuda(how: str, heavy:
 @pytest.mark.parametrize("spelling", ["fake-dist", "Fake_Dist", "fake.dist"])
 def test_distribution_version_takes_any_spelling(site: Path, spelling: str) -> None:
     install(site, "fake-dist", "1.2.3")
-    assert environment.distribution_version(spelling) == "1.2.3"
+    assert probes.distribution_version(spelling) == "1.2.3"
 
 
 def test_distribution_version_of_nothing(site: Path) -> None:
-    assert environment.distribution_version("fake-dist") is None
+    assert probes.distribution_version("fake-dist") is None
 
 
 def test_a_failed_import_is_one_line_and_silent_and_tried_once(
@@ -167,7 +171,7 @@ warnings.warn("deprecated", DeprecationWarning)
 raise RuntimeError("libfake.so is missing\\nlook for it")
 """
     install(site, "fake", "1.0", fake_broken=source)
-    first, second = environment.import_problem("fake_broken"), environment.import_problem("fake_broken")
+    first, second = probes.import_problem("fake_broken"), probes.import_problem("fake_broken")
     assert first == second == "RuntimeError: libfake.so is missing"
     assert log.read_text() == "x"
     print("afterwards", flush=True)
@@ -181,32 +185,32 @@ raise RuntimeError("libfake.so is missing\\nlook for it")
 
 def test_a_good_import_with_warnings_is_no_problem(site: Path) -> None:
     install(site, "fake", "1.0", fake_warns="import warnings; warnings.warn('old', DeprecationWarning)")
-    assert environment.import_problem("fake_warns") is None
+    assert probes.import_problem("fake_warns") is None
 
 
 def test_an_installation_after_a_failed_probe_is_seen(site: Path) -> None:
-    assert environment.import_problem("fake_late") == "fake_late is not installed"
+    assert probes.import_problem("fake_late") == "fake_late is not installed"
     install(site, "fake", "1.0", fake_late="")
-    assert environment.import_problem("fake_late") is None
+    assert probes.import_problem("fake_late") is None
 
 
 def test_torch_tensorrt_is_not_even_imported_without_a_gpu(site: Path) -> None:
     install(site, "torch-tensorrt", "2.11.0", torch_tensorrt=f"open({str(site / 'touched')!r}, 'w')")
-    assert "there is no NVIDIA driver" in environment.import_problem("torch_tensorrt")
+    assert "there is no NVIDIA driver" in probes.import_problem("torch_tensorrt")
     assert not (site / "touched").exists()
 
 
 def test_torch_tensorrt_is_imported_with_one(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, "torch-tensorrt", "2.11.0", torch_tensorrt="")
     fake_gpu(monkeypatch)
-    assert environment.import_problem("torch_tensorrt") is None
+    assert probes.import_problem("torch_tensorrt") is None
 
 
 def test_an_alias_is_not_taken_for_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt_rtx"))
-    assert "gives tensorrt_rtx" in environment.import_problem("tensorrt")
+    assert "gives tensorrt_rtx" in probes.import_problem("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
-    assert environment.import_problem("tensorrt") is None
+    assert probes.import_problem("tensorrt") is None
 
 
 @pytest.mark.parametrize(("text", "version"), [(OPEN_DRIVER, "580.95.05"), (CLOSED_DRIVER, "535.104.05")])
@@ -214,63 +218,63 @@ def test_driver_version_from_the_kernel(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str
 ) -> None:
     (tmp_path / "driver").write_text(text)
-    monkeypatch.setattr(environment, "_DRIVER_FILE", tmp_path / "driver")
-    assert environment.driver_version() == version
+    monkeypatch.setattr(probes, "_DRIVER_FILE", tmp_path / "driver")
+    assert probes.driver_version() == version
 
 
 def test_driver_version_from_nvidia_smi(nvidia_smi: Callable[[str], Path]) -> None:
-    assert environment.driver_version() is None
+    assert probes.driver_version() is None
     nvidia_smi("580.159.04\n580.159.04")
-    assert environment.driver_version() == "580.159.04"
+    assert probes.driver_version() == "580.159.04"
 
 
 def test_a_failing_or_hanging_command_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment.run_tool("sh", "-c", "echo text; exit 3") is None
-    assert environment.run_tool("/no/such/command") is None
+    assert probes.run_tool("sh", "-c", "echo text; exit 3") is None
+    assert probes.run_tool("/no/such/command") is None
 
     def hang(*args: Any, **kwargs: Any) -> None:
         assert kwargs["timeout"] <= 10
         raise subprocess.TimeoutExpired(args[0], kwargs["timeout"])
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert environment.run_tool("sleep", "60") is None
+    assert probes.run_tool("sleep", "60") is None
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment.gpus() == ()
+    assert probes.gpus() == ()
     fake_gpu(monkeypatch)
-    assert environment.gpus() == (environment.Gpu(0, "NVIDIA H100", (9, 0), 80 * 1024),)
+    assert probes.gpus() == (environment.Gpu(0, "NVIDIA H100", (9, 0), 80 * 1024),)
 
 
 def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, nvidia_smi: Callable[[str], Path]) -> None:
-    assert environment.device_problem("triton") == "there is no NVIDIA driver"
+    assert combinations.device_problem("triton") == "there is no NVIDIA driver"
     nvidia_smi("580.95.05")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES" in environment.device_problem("triton")
+    assert "CUDA_VISIBLE_DEVICES" in combinations.device_problem("triton")
     assert component("Triton").remedy == "unset CUDA_VISIBLE_DEVICES"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     nvidia_smi("470.57.02")
-    assert "needs driver 580" in environment.device_problem("triton")
+    assert "needs driver 580" in combinations.device_problem("triton")
     monkeypatch.setattr(torch.version, "cuda", None)
     clear_caches()
-    assert "built without CUDA" in environment.device_problem("triton")
+    assert "built without CUDA" in combinations.device_problem("triton")
 
 
 def test_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "compilers"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    assert environment.cxx_compiler() is environment.c_compiler() is None
+    assert probes.cxx_compiler() is probes.c_compiler() is None
     for name in ("g++", "clang", "mine"):
         (folder / name).touch(0o755)
     clear_caches()
-    assert environment.cxx_compiler() == str(folder / "g++")
-    assert environment.c_compiler() == str(folder / "clang")
+    assert probes.cxx_compiler() == str(folder / "g++")
+    assert probes.c_compiler() == str(folder / "clang")
     monkeypatch.setenv("CXX", "mine -O2")
     monkeypatch.setenv("CC", "absent")
     clear_caches()
-    assert environment.cxx_compiler() == str(folder / "mine")
-    assert environment.c_compiler() is None
+    assert probes.cxx_compiler() == str(folder / "mine")
+    assert probes.c_compiler() is None
 
 
 # ---- which TensorRT, on which GPU ----
@@ -279,11 +283,11 @@ def test_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_tensorrt_of_torch_tensorrt(site: Path) -> None:
     install(site, "tensorrt", "10.15.1")
     install(site, "tensorrt-rtx", "1.6.1")
-    assert environment.tensorrt_of_torch_tensorrt() is None
+    assert probes.tensorrt_of_torch_tensorrt() is None
     install(site, "torch-tensorrt", "2.11.0")
-    assert environment.tensorrt_of_torch_tensorrt() == "tensorrt"
+    assert probes.tensorrt_of_torch_tensorrt() == "tensorrt"
     install(site, "torch-tensorrt-rtx", "2.14.0")
-    assert environment.tensorrt_of_torch_tensorrt() == "tensorrt_rtx"
+    assert probes.tensorrt_of_torch_tensorrt() == "tensorrt_rtx"
 
 
 @pytest.mark.parametrize(
@@ -316,8 +320,8 @@ def test_a_refused_gpu(
 ) -> None:
     install(site, distribution, version, **{module: ""})
     fake_gpu(monkeypatch, capability, "NVIDIA Test")
-    problem = environment.device_problem(module)
-    found = environment.bad_combinations()
+    problem = combinations.device_problem(module)
+    found = combinations.bad_combinations()
     if refused:
         assert f"NVIDIA Test is {capability[0]}.{capability[1]}" in problem
         assert [(p.name.split()[-2:], p.reason) for p in found] == [(["NVIDIA", "Test"], problem)]
@@ -331,16 +335,16 @@ def test_torch_tensorrt_is_refused_for_the_tensorrt_beneath(site: Path, monkeypa
     install(site, "torch-tensorrt-rtx", "2.14.0")
     install(site, "tensorrt-rtx", "1.7.0")
     fake_gpu(monkeypatch)
-    assert "refuse 9.0" in environment.device_problem("torch_tensorrt")
-    assert environment.device_problem("tensorrt") is None
-    assert environment.device_problem("tensorrt", index=3) == "PyTorch sees 1 GPUs, and no 3"
+    assert "refuse 9.0" in combinations.device_problem("torch_tensorrt")
+    assert combinations.device_problem("tensorrt") is None
+    assert combinations.device_problem("tensorrt", index=3) == "PyTorch sees 1 GPUs, and no 3"
 
 
 # ---- bad combinations ----
 
 
 def test_nothing_installed_is_no_bad_combination(site: Path) -> None:
-    assert environment.bad_combinations() == ()
+    assert combinations.bad_combinations() == ()
 
 
 def test_a_fitting_installation_is_no_bad_combination(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,13 +352,13 @@ def test_a_fitting_installation_is_no_bad_combination(site: Path, monkeypatch: p
     install(site, "torch-tensorrt-rtx", "2.14.0", torch_tensorrt="")
     install(site, "tensorrt-rtx", "1.6.1.120", tensorrt_rtx="", **{"tensorrt_rtx.plugin": ""})
     fake_gpu(monkeypatch)
-    assert environment.bad_combinations() == ()
+    assert combinations.bad_combinations() == ()
 
 
 def test_the_placeholder(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, "torch-tensorrt-rtx", "0.0.1", torch_tensorrt="raise ImportError('empty')")
     fake_gpu(monkeypatch)
-    (problem,) = environment.bad_combinations()
+    (problem,) = combinations.bad_combinations()
     assert "torch-tensorrt-rtx 0.0.1 is an empty placeholder" in problem.reason
     assert problem.remedy == 'pip install "torchaccel[rtx]"'
 
@@ -376,7 +380,7 @@ def test_torch_tensorrt_for_another_torch(
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     install(site, distribution, "2.14.0", torch_tensorrt="raise ImportError('undefined symbol')")
     fake_gpu(monkeypatch)
-    (problem,) = environment.bad_combinations()
+    (problem,) = combinations.bad_combinations()
     assert problem.name == f"{distribution} 2.14.0 beside PyTorch 2.11.0+cu128"
     assert problem.remedy == remedy
 
@@ -418,7 +422,7 @@ def test_both_tensorrts(
     install(site, "tensorrt-rtx", "1.6.1", tensorrt_rtx="")
     if torch_tensorrt:
         install(site, torch_tensorrt, "2.14.0")
-    (problem,) = environment.bad_combinations()
+    (problem,) = combinations.bad_combinations()
     assert problem.name == "TensorRT and TensorRT-RTX"
     assert problem.remedy == f"pip uninstall -y {uninstall}"
 
@@ -429,9 +433,9 @@ def test_a_cpu_only_torch_beside_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch, "__version__", "2.14.0+cpu")
-    assert environment.bad_combinations() == ()  # no GPU: nothing wrong with it
+    assert combinations.bad_combinations() == ()  # no GPU: nothing wrong with it
     nvidia_smi(driver)
-    (problem,) = environment.bad_combinations()
+    (problem,) = combinations.bad_combinations()
     assert problem.name == "CPU-only PyTorch beside an NVIDIA GPU"
     assert '"torch==2.14.0"' in problem.remedy
     assert problem.remedy.endswith(f"--index-url https://download.pytorch.org/whl/{wheels}")
@@ -459,7 +463,7 @@ def test_a_driver_too_old(
 
 def test_an_installed_library_that_does_not_import(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, "tensorrt-rtx", "1.4.0.76", tensorrt_rtx="raise OSError('libtensorrt_rtx.so.1: cannot open')")
-    (problem,) = environment.bad_combinations()
+    (problem,) = combinations.bad_combinations()
     assert problem.name == "TensorRT-RTX does not import"
     assert problem.reason == "OSError: libtensorrt_rtx.so.1: cannot open"
     assert problem.remedy == 'pip uninstall -y tensorrt-rtx && pip install "tensorrt-rtx>=1.4,<1.7"'
@@ -468,15 +472,15 @@ def test_an_installed_library_that_does_not_import(site: Path, monkeypatch: pyte
 def test_a_torch_tensorrt_that_does_not_import(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu128")
     install(site, "torch-tensorrt", "2.11.0", torch_tensorrt="raise OSError('libcudart.so.13: cannot open')")
-    assert environment.bad_combinations() == ()  # without a GPU it is not tried
+    assert combinations.bad_combinations() == ()  # without a GPU it is not tried
     fake_gpu(monkeypatch)
     assert problem_names() == ["Torch-TensorRT does not import"]
 
 
 def test_the_versions_in_remedies_are_those_of_the_extras() -> None:
     setup = (Path(__file__).parents[1] / "setup.cfg").read_text()
-    assert environment._LIBRARIES["tensorrt"].requirement in setup
-    upper = environment._LIBRARIES["tensorrt_rtx"].requirement.split(",")[1]
+    assert probes.LIBRARIES["tensorrt"].requirement in setup
+    upper = probes.LIBRARIES["tensorrt_rtx"].requirement.split(",")[1]
     assert f"tensorrt-rtx>=1.6,{upper}" in setup
 
 
@@ -625,4 +629,4 @@ def test_provenance_imports_nothing(site: Path) -> None:
     install(site, "tensorrt-rtx", "1.4.0.76", tensorrt_rtx="raise AssertionError")
     assert provenance.provenance()["environment"]["tensorrt_rtx"] == "1.4.0.76"
     assert "tensorrt_rtx" not in sys.modules
-    assert environment._import_failure.cache_info().currsize == 0
+    assert probes._import_failure.cache_info().currsize == 0

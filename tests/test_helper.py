@@ -9,8 +9,8 @@ import pytest
 
 from torchaccel import helper as module
 from torchaccel.cache.store import cache_folder
-from torchaccel.environment import cxx_compiler
 from torchaccel.helper import Helper
+from torchaccel.probes import cxx_compiler
 
 needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="there is no C++ compiler")
 

@@ -14,7 +14,8 @@ import torch
 
 from torchaccel.__main__ import main
 from torchaccel.cache.store import Cache
-from torchaccel.environment import Problem, environment
+from torchaccel.environment import environment
+from torchaccel.probes import Problem
 
 
 def test_env_prints_tables_that_a_narrow_terminal_does_not_cut() -> None:

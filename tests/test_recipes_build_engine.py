@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from recipes import build_engine, engine_manifest, onnx_to_fp16
 from recipes.onnx_model import read_model
 from torchaccel import trt
-from torchaccel.environment import gpus
+from torchaccel.probes import gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT = TensorProto.FLOAT

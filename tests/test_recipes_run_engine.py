@@ -9,8 +9,8 @@ import torch
 from recipes import engine_manifest, run_engine
 from recipes.engine_manifest import Tensor
 from tests.test_recipes_build_engine import build, pytestmark, scaled  # noqa: F401 - the marks are this file's too
-from torchaccel.environment import Gpu, gpus
 from torchaccel.figures import Timing
+from torchaccel.probes import Gpu, gpus
 from torchaccel.report import RunnerRecord
 
 

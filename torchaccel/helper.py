@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 
 from torchaccel.cache.store import cache_folder
-from torchaccel.environment import cxx_compiler
+from torchaccel.probes import cxx_compiler
 
 logger = logging.getLogger(__name__)
 

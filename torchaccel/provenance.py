@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from torchaccel.environment import distribution_version, facts, gpus, run_tool
+from torchaccel.environment import facts
+from torchaccel.probes import distribution_version, gpus, run_tool
 
 _MACHINE = ("platform", "driver", "cuda", "cudnn", "torch", "torchvision", "torch_tensorrt", "tensorrt", "tensorrt_rtx")
 _EXPORT = ("onnx", "onnxscript", "onnx-ir")

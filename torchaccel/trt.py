@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchaccel.environment import import_problem
 from torchaccel.errors import BackendError, BuildError, CacheWarning
+from torchaccel.probes import import_problem
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchaccel.environment import tensorrt_of_torch_tensorrt
+from torchaccel.probes import tensorrt_of_torch_tensorrt
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from torchaccel.environment import import_problem
 from torchaccel.fused import cudnn_plans
 from torchaccel.fused.cudnn_graphs import ACTIVATIONS, DTYPES, Problem, operations
 from torchaccel.fused.cudnn_plans import Plan
 from torchaccel.fused.geometry import Geometry
 from torchaccel.fused.notes import Notes, taking
+from torchaccel.probes import import_problem
 
 needs_cudnn = pytest.mark.skipif(bool(import_problem("cudnn")), reason=str(import_problem("cudnn")))
 PROBLEM = Problem(

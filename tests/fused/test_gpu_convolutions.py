@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchaccel.environment import import_problem
+from torchaccel.probes import import_problem
 
 if import_problem("triton"):
     pytest.skip(str(import_problem("triton")), allow_module_level=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torchaccel.environment import import_problem
+from torchaccel.probes import import_problem
 
 ROOT = Path(__file__).parents[2]
 

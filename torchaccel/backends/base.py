@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchaccel import trt
-from torchaccel.environment import device_problem
+from torchaccel.combinations import device_problem
 from torchaccel.interrupts import uninterrupted
 from torchaccel.layouts import settle_layouts
 from torchaccel.lowering import decompose_hardswish, space_to_depth, widen_depthwise

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
-from torchaccel.environment import triton_problem
 from torchaccel.errors import BuildError
 from torchaccel.fused.notes import begun, note, recall
 from torchaccel.memory import is_out_of_memory
 from torchaccel.precision import Precision
+from torchaccel.probes import triton_problem
 from torchaccel.program import Program
 from torchaccel.quiet import quiet
 

@@ -3,8 +3,8 @@
 import torch
 
 from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
-from torchaccel.environment import c_compiler, cxx_compiler, gpus, import_problem
 from torchaccel.errors import BuildError
+from torchaccel.probes import c_compiler, cxx_compiler, gpus, import_problem
 from torchaccel.program import Program
 from torchaccel.quiet import quiet
 

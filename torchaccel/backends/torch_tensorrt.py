@@ -29,9 +29,9 @@ from torchaccel.backends.base import (
     keep_apart,
     tensorrt_honours,
 )
-from torchaccel.environment import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.errors import BuildError
 from torchaccel.precision import Precision
+from torchaccel.probes import import_problem, tensorrt_of_torch_tensorrt
 from torchaccel.program import Program, count_operators, drop_weights, put_weight
 from torchaccel.quiet import quiet
 from torchaccel.report import Coverage

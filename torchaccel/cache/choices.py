@@ -14,11 +14,11 @@ from torchaccel.backends.base import Backend
 from torchaccel.cache.canonical import dump
 from torchaccel.cache.program_key import NoKeyError, program_key
 from torchaccel.cache.store import Cache
-from torchaccel.environment import distribution_version
 from torchaccel.errors import AccuracyError, BuildError
 from torchaccel.fused.notes import Notes, taking
 from torchaccel.memory import is_out_of_memory
 from torchaccel.precision import Precision
+from torchaccel.probes import distribution_version
 from torchaccel.program import Program
 from torchaccel.provenance import describe_device, versions
 

@@ -12,8 +12,8 @@ import torch
 
 from torchaccel import trt
 from torchaccel.cache.store import Cache
-from torchaccel.environment import driver_version
 from torchaccel.errors import CacheWarning
+from torchaccel.probes import driver_version
 from torchaccel.provenance import describe_gpu
 
 MAX_BYTES = 256 << 20  # nothing leaves a store of kernels or timings, so beyond it one is begun anew

@@ -8,8 +8,8 @@ import torch
 from torchaccel.backends.base import Backend
 from torchaccel.cache.program_key import program_key
 from torchaccel.cache.store import Cache
-from torchaccel.environment import distribution_version
 from torchaccel.options import RACE_BUDGET_S, Options
+from torchaccel.probes import distribution_version
 from torchaccel.program import Program
 from torchaccel.provenance import describe_device, versions
 from torchaccel.report import RaceEntry, RaceRecord

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from torchaccel.environment import import_problem
 from torchaccel.fused.choice import graph_ms
 from torchaccel.fused.cudnn_graphs import ACTIVATIONS, BIAS, DTYPES, RESIDUAL, WEIGHT, Problem, X, Y, operations
 from torchaccel.fused.notes import note, recall
 from torchaccel.fused.tensors import aligned
 from torchaccel.memory import is_out_of_memory
+from torchaccel.probes import import_problem
 
 MAX_WORKSPACE_BYTES = 256 << 20
 # Those with ReLU or none take less than a second in all. With other activations cuDNN compiles them, most of a second
