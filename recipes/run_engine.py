@@ -22,9 +22,10 @@ from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.combinations import device_problem
 from torchaccel.errors import MeasurementWarning, TorchAccelError
 from torchaccel.figures import Timing
+from torchaccel.pool import Pool
 from torchaccel.precision import PRECISIONS
 from torchaccel.probes import gpus
-from torchaccel.runner import Pool, Runner
+from torchaccel.runner import Runner
 from torchaccel.signature import split_outputs
 from torchaccel.timing import measure
 

@@ -14,9 +14,10 @@ from torchaccel.backends.eager import Eager
 from torchaccel.build import Builder, Built, describe
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.options import Options
+from torchaccel.pool import Pool
 from torchaccel.precision import Precision
 from torchaccel.program import Program
-from torchaccel.runner import Pool, Runner
+from torchaccel.runner import Runner
 from torchaccel.signature import read_call
 from torchaccel.weights import WeightStore
 

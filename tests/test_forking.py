@@ -12,7 +12,7 @@ import torchaccel
 from tests.helpers import on_cpu
 from tests.models import small_conv_net
 from torchaccel.errors import BackendError
-from torchaccel.runner import Pool
+from torchaccel.pool import Pool
 
 ROOT = Path(torchaccel.__file__).parents[1]
 HEAD = """

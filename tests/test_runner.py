@@ -12,8 +12,9 @@ from tests.helpers import captured, images
 from tests.models import small_conv_net
 from torchaccel import BuildError
 from torchaccel.backends.base import Engine, NativeEngine
+from torchaccel.pool import Pool
 from torchaccel.precision import PRECISIONS
-from torchaccel.runner import Pool, Runner
+from torchaccel.runner import Runner
 from torchaccel.signature import split_outputs
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ import torch
 
 from tests.simulated_cuda import SimulatedCuda, simulated_cuda
 from torchaccel.backends.base import Engine
-from torchaccel.runner import Pool, Runner
+from torchaccel.pool import Pool
+from torchaccel.runner import Runner
 from torchaccel.signature import split_outputs
 
 SHAPE = (2, 3)

@@ -21,10 +21,11 @@ from torchaccel.gate import Reference, compare_outputs, reference, reproduced, r
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
+from torchaccel.pool import Pool
 from torchaccel.precision import PRECISIONS
 from torchaccel.program import Program
 from torchaccel.report import EngineRecord
-from torchaccel.runner import Pool, Runner
+from torchaccel.runner import Runner
 from torchaccel.signature import Call, OutputSpec, flatten
 from torchaccel.weights import WeightStore
 

@@ -22,10 +22,10 @@ from torchaccel.compiled import ITS_OWN, CompiledModule
 from torchaccel.errors import BackendError, BackendWarning, OptionError
 from torchaccel.forking import refuse_forked_cuda
 from torchaccel.options import CHECK_WEIGHTS_EVERY, Options, check_module_names, make_options
+from torchaccel.pool import Pool
 from torchaccel.precision import PRECISIONS
 from torchaccel.race import Racer
 from torchaccel.report import RaceRecord, Report
-from torchaccel.runner import Pool
 from torchaccel.state import State, describe_device, module_device
 from torchaccel.streaming import read_batch
 from torchaccel.watch import why_unwatched

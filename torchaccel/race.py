@@ -21,9 +21,10 @@ from torchaccel.errors import AccuracyError, BuildError, CacheWarning, DeviceMem
 from torchaccel.figures import Comparison, Ratio
 from torchaccel.memory import release
 from torchaccel.options import RACE_BUDGET_S
+from torchaccel.pool import Pool
 from torchaccel.program import Program
 from torchaccel.report import RaceEntry, RaceRecord
-from torchaccel.runner import Pool, Runner
+from torchaccel.runner import Runner
 from torchaccel.signature import Call
 from torchaccel.streaming import Ring
 from torchaccel.timing import compare

@@ -6,96 +6,23 @@ is enqueued under one lock and the host waits for none of it.
 """
 
 import functools
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from torchaccel.backends.base import Engine
 from torchaccel.edges import complete
 from torchaccel.errors import BuildError
-from torchaccel.forking import follow, forked_error
 from torchaccel.memory import is_out_of_memory
+from torchaccel.pool import Pool
 from torchaccel.report import RunnerRecord
 from torchaccel.signature import OutputSpec
 
 WARM_UP_RUNS = 3
 _NO_GUARD = nullcontext()
-T = TypeVar("T")
-
-
-class Pool:
-    """What the runners of one compiled module share on a device: a memory pool, one lock and one chain of events.
-
-    Graphs that share a memory pool must never overlap, so whoever uses one takes a turn: it holds the lock while it
-    enqueues, and on the device comes after the turn before.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.calls = 0
-        self._lock: Any = threading.RLock()
-        self._is_cuda = device.type == "cuda"
-        self._streams: dict[int, torch.cuda.Stream] = {}
-        self._done = torch.cuda.Event() if self._is_cuda else None
-        # Without PyTorch's wrapper in Python, at whose first line an interrupt could come.
-        self._record: Any = functools.partial(torch._C._CudaEventBase.record, self._done) if self._done else None
-        self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
-        # One for all captures: the allocator gives a block again only on the stream that it was first given on.
-        self.capture_stream = torch.cuda.Stream(device) if self._is_cuda else None
-        follow(self)
-
-    def after_fork(self) -> None:
-        """A lock of the child's own; on a GPU there are no more turns."""
-        self._lock = threading.RLock()
-        if self._is_cuda:
-            self.__class__ = _ForkedPool
-
-    def turn(self, work: Callable[[], T], stream: Any = None) -> T:
-        """What `work` returns, which enqueues on `stream` or on the caller's current one.
-
-        A function and no context manager: an interrupt at the first line of an `__exit__` would leave the lock taken.
-        """
-        with self._lock:
-            if self._done is None:
-                return work()
-            stream = stream or self._current_stream()
-            stream.wait_event(self._done)
-            try:
-                return work()
-            finally:
-                self._record(stream)
-
-    def synchronize(self) -> None:
-        """Wait on the host for everything that was enqueued on the device."""
-        if self._is_cuda:
-            torch.cuda.synchronize(self.device)
-
-    def wait(self) -> None:
-        """Wait on the host for the last turn."""
-        if self._done is not None:
-            self._done.synchronize()
-
-    def _current_stream(self) -> torch.cuda.Stream:
-        """`torch.cuda.current_stream`, whose object is made once for each stream rather than at each call."""
-        raw = torch._C._cuda_getCurrentRawStream(self.device.index)
-        stream = self._streams.get(raw)
-        if stream is None:
-            stream = self._streams[raw] = torch.cuda.current_stream(self.device)
-        return stream
-
-
-class _ForkedPool(Pool):
-    """What a pool on a GPU is in a forked child, so that no call has to look whether it is in one."""
-
-    def turn(self, work: Callable[[], T], stream: Any = None) -> T:
-        raise forked_error()
-
-    def synchronize(self) -> None:
-        raise forked_error()
 
 
 class Runner:

@@ -20,9 +20,10 @@ from torchaccel.helper import helper
 from torchaccel.interrupts import uninterrupted
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
+from torchaccel.pool import Pool
 from torchaccel.purity import attributes, differing
 from torchaccel.report import Report
-from torchaccel.runner import Pool, Runner
+from torchaccel.runner import Runner
 from torchaccel.signature import Call, constants_key
 from torchaccel.watch import WeightWatch
 
