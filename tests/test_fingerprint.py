@@ -32,6 +32,31 @@ def test_equal_bits_give_equal_prints_and_a_changed_or_exchanged_value_another(d
     assert equal(fingerprint([swapped]), before) == torch.equal(swapped.view(torch.uint8), tensor.view(torch.uint8))
 
 
+@settings(max_examples=300)
+@given(st.data())
+def test_signs_that_change_together_do_not_cancel_each_other(data: Any) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.float64]))
+    size = data.draw(st.integers(1, 48))
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).to(dtype)
+    flipped = data.draw(st.sets(st.integers(0, size - 1), min_size=1))
+    changed = tensor.clone()
+    changed[list(flipped)] *= -1
+    assert not equal(fingerprint([changed]), fingerprint([tensor]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_neither_do_they_in_a_whole_tensor_or_in_every_second_or_fourth_place(dtype: torch.dtype) -> None:
+    for seed in range(300):
+        tensor = torch.randn(32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        before = fingerprint([tensor])
+        for step, first in ((1, 0), (2, 0), (2, 1), (4, 3), (8, 7)):
+            changed = tensor.clone()
+            changed[first::step] *= -1
+            assert not equal(fingerprint([changed]), before), (seed, step, first)
+    words = torch.randint(-(2**62), 2**62, (64,))
+    assert module._mixed(torch.cat([words, ~words, -words])).unique().numel() == 192
+
+
 def test_a_fingerprint_takes_tensors_of_any_kind() -> None:
     tensors = [
         torch.empty(0), torch.tensor(1.5), torch.tensor(True), torch.zeros(3, dtype=torch.uint8), torch.randn(3, 5).T,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-# 2⁶⁴ over the golden ratio, as a signed number: consecutive places get weights that look unrelated (Knuth, volume 3).
+# 2⁶⁴ over the golden ratio, as a signed number: its products look unrelated (Knuth, volume 3).
 SPREAD = 0x9E3779B97F4A7C15 - 2**64
 CHUNK_BYTES = 16 << 20  # what is summed at a time: it bounds the memory that a fingerprint takes while it is computed
 
@@ -49,10 +49,23 @@ def _chunks(parts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def _weighted_sum(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Words times weights that depend on their places: both mixed, since changes of weights are regular.
+
+    Two changed signs, each the highest bit of a word, would cancel each other in a sum of words as they are, and four
+    signs in a row, with weights that grow from place to place by the same.
+    """
     padding = -sum(piece.numel() for piece in pieces) % 8
     words = torch.cat([*pieces, pieces[0].new_zeros(padding)]).view(torch.int64)
     place = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-    return (words * (place * SPREAD | 1)).sum()
+    return (_mixed(words) * (_mixed(_mixed(place)) | 1)).sum()
+
+
+def _mixed(words: torch.Tensor) -> torch.Tensor:
+    """Every bit of a word moved up by the product, and the upper half then laid over the lower; no two words alike."""
+    words = words * SPREAD
+    low, high = words.view(torch.int32).view(-1, 2).unbind(1)
+    low.bitwise_xor_(high)
+    return words
 
 
 def differs(one: Fingerprint, other: Fingerprint) -> torch.Tensor | None:
@@ -84,6 +97,9 @@ class PendingCheck:
 
     def start(self, now: Fingerprint, then: Fingerprint) -> None:
         """Enqueue the comparison on the current stream; it takes the place of one that is under way."""
+        for part in (*now, *then):
+            if part.is_cuda:  # another stream may have made it, and would take its memory when it goes
+                part.record_stream(torch.cuda.current_stream(part.device))
         found = differs(now, then)
         if found is None:
             found = torch.tensor(not equal(now, then), device="cpu")
