@@ -4,7 +4,9 @@ Engines are stand-ins here, and CUDA's streams are simulated (tests/simulated_cu
 the real ones.
 """
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -271,3 +273,35 @@ def test_results_are_the_caller_s_own(cuda: SimulatedCuda) -> None:
         results.append(result)
         result.add_(100)
     assert same(results, [tensor + 101 for tensor in batches()])
+
+
+def test_a_runner_that_is_no_longer_kept_is_let_go_while_the_stream_goes_on(cuda: SimulatedCuda) -> None:
+    pool, made, alive = Turns(cuda), weakref.WeakSet[PlusOne](), []
+
+    def find(_: Any) -> Any:  # as where more shapes take turns than runners are kept
+        runner = PlusOne(cuda, pool=pool)
+        made.add(runner)
+        return runner
+
+    serving = streaming.Ring(cuda.device, find, None)
+    for index, result in enumerate(serving.serve(batches(30))):
+        assert torch.equal(result, batches(30)[index] + 1)
+        gc.collect()
+        alive.append(len(made))
+    assert max(alive) <= 2 * streaming.SLOTS
+
+
+@pytest.mark.parametrize("preprocess", [None, lambda x: x[:, :3] + 0], ids=["", "preprocess"])
+def test_pinned_memory_is_one_buffer_for_all_shapes(preprocess: Any, cuda: SimulatedCuda) -> None:
+    runners = {columns: PlusOne(cuda, shape=(2, columns)) for columns in range(3, 23)}
+    serving = streaming.Ring(cuda.device, lambda call: runners[call.tensors[0].shape[1]], preprocess)  # type: ignore[arg-type,return-value]
+    given = [torch.full((2, columns), float(columns)) for columns in (*range(3, 23), *range(22, 2, -1))]
+    expected = [tensor if preprocess is None else preprocess(tensor) for tensor in given]
+    for result, tensor in zip(serving.serve(given), expected, strict=True):
+        assert torch.equal(result, tensor + 1)
+    assert all(len(slot.buffers) == 2 for slot in serving._slots)
+
+
+def test_what_preprocess_makes_on_the_host_is_not_staged_where_the_batch_was(cuda: SimulatedCuda) -> None:
+    results = list(ring(cuda, PlusOne(cuda), lambda _: torch.ones(SHAPE)).serve(batches()))
+    assert same(results, [torch.full(SHAPE, 2.0)] * 8)

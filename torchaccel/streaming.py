@@ -89,19 +89,31 @@ class _Slot:
 
     copied_in: torch.cuda.Event = field(default_factory=_event)
     copied_out: torch.cuda.Event = field(default_factory=_event)
-    lanes: dict[Runner, _Lane] = field(default_factory=dict)
+    lanes: "dict[weakref.ref[Runner], _Lane]" = field(default_factory=dict)
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     reads_pinned: bool = False  # whether what is being copied in is in the caller's own pinned memory
     results: list[torch.Tensor] = field(default_factory=list)
     assemble: Callable[[list[torch.Tensor]], Any] = list
 
     def pinned(self, what: str, index: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """This slot's own pinned buffer for tensor number `index` of what comes or goes."""
-        key = what, index, shape, dtype
-        if key not in self.buffers:
-            with torch.inference_mode(False):  # the next batch may come outside it
-                self.buffers[key] = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
-        return self.buffers[key]
+        """This slot's own pinned buffer for tensor number `index` of what comes or goes: one for all shapes."""
+        held = self.buffers.get((what, index))
+        if held is None or held.shape != shape or held.dtype != dtype:
+            held = self.buffers[what, index] = _reshaped(held, shape, dtype)
+        return held
+
+    def drop_dead_lanes(self) -> None:
+        """Forget the lanes of runners that are no longer kept; of a slot that serves no call."""
+        self.lanes = {runner: lane for runner, lane in self.lanes.items() if runner() is not None}
+
+
+def _reshaped(held: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A pinned buffer of that shape and dtype, in the memory of `held` where that is large enough."""
+    size = shape.numel() * dtype.itemsize
+    with torch.inference_mode(False):  # the next batch may come outside it
+        if held is None or held.untyped_storage().nbytes() < size:
+            held = torch.empty((size,), dtype=torch.uint8, device="cpu", pin_memory=True)
+        return torch.empty((0,), dtype=dtype, device="cpu").set_(held.untyped_storage()).resize_(shape)
 
 
 _spare: "weakref.WeakKeyDictionary[Runner, list[_Lane]]" = weakref.WeakKeyDictionary()
@@ -120,11 +132,12 @@ def _take_lane(runner: Runner) -> _Lane:
         return lane
 
 
-def _give_back(lanes: dict[Runner, _Lane]) -> None:
+def _give_back(lanes: "dict[weakref.ref[Runner], _Lane]") -> None:
     """Keep lanes for the next stream, for as long as their runners live."""
     with _spare_lock:
-        for runner, lane in lanes.items():
-            _spare.setdefault(runner, []).append(lane)
+        for reference, lane in lanes.items():
+            if (runner := reference()) is not None:
+                _spare.setdefault(runner, []).append(lane)
     lanes.clear()
 
 
@@ -206,13 +219,14 @@ class Ring:
                     args, kwargs = self._decode(slot, args, kwargs)
                 call = read_call(args, kwargs, self._keywords)
                 runner = self._find(call)  # which may build an engine, or refresh the weights
-                lane = slot.lanes.pop(runner, None) or _take_lane(runner)
+                slot.drop_dead_lanes()
+                lane = slot.lanes.pop(weakref.ref(runner), None) or _take_lane(runner)
                 self._fill(slot, lane, call)
                 torch.cuda.set_stream(self._compute)
                 results = self._run(lane, runner)
                 torch.cuda.set_stream(self._copy_out)
                 self._empty(slot, lane, results, call, runner)
-                slot.lanes[runner] = lane  # one that failed half-way is not used again
+                slot.lanes[weakref.ref(runner)] = lane  # one that failed half-way is not used again
             finally:
                 torch.cuda.set_stream(callers)
 
@@ -221,7 +235,9 @@ class Ring:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
-                leaves[index] = self._on_host(slot, index, leaf, leaf.dtype).to(self._device, non_blocking=True)
+                leaves[index] = self._on_host(slot, "given", index, leaf, leaf.dtype).to(
+                    self._device, non_blocking=True
+                )
         self._note_reading(slot)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         return preprocessed(args, kwargs, self._preprocess)
@@ -230,7 +246,7 @@ class Ring:
         """Copy a call's tensors into the lane's buffers: straight from the host where nothing is to be changed."""
         tensors = []
         for index, (tensor, buffer) in enumerate(zip(call.tensors, lane.runner.inputs, strict=True)):
-            there = self._on_host(slot, index, tensor, buffer.dtype)
+            there = self._on_host(slot, "in", index, tensor, buffer.dtype)
             straight = there.dtype == buffer.dtype and there.is_contiguous() and buffer.is_contiguous()
             tensors.append(there if straight else there.to(self._device, non_blocking=True))
         self._copy_in.wait_event(lane.emptied)  # of an earlier stream that was left before its end
@@ -238,7 +254,7 @@ class Ring:
         lane.filled.record(self._copy_in)
         self._note_reading(slot)
 
-    def _on_host(self, slot: _Slot, index: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _on_host(self, slot: _Slot, what: str, index: int, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor where the GPU can read it. One in pageable memory is staged, and cast to a narrower `dtype`."""
         if tensor.is_cuda:
             tensor.record_stream(self._copy_in)  # the caller may let go of it
@@ -247,7 +263,7 @@ class Ring:
             slot.reads_pinned = True
             return tensor
         narrows = tensor.is_floating_point() and dtype.is_floating_point and dtype.itemsize < tensor.itemsize
-        return slot.pinned("in", index, tensor.shape, dtype if narrows else tensor.dtype).copy_(tensor)
+        return slot.pinned(what, index, tensor.shape, dtype if narrows else tensor.dtype).copy_(tensor)
 
     def _note_reading(self, slot: _Slot) -> None:
         """Where the batch is in the caller's own pinned memory: that is read until here."""
