@@ -32,6 +32,11 @@ class Stream:
         self.enqueue()
         self.clock = merged(self.clock, event.clock)
 
+    def wait_stream(self, other: "Stream") -> None:
+        event = Event(self.cuda)
+        event.record(other)
+        self.wait_event(event)
+
     def synchronize(self) -> None:
         self.cuda.host = merged(self.cuda.host, self.enqueue())
 
@@ -92,6 +97,7 @@ class SimulatedCuda(TorchDispatchMode):
             "Stream": self.stream,
             "Event": lambda: Event(self),
             "current_stream": lambda *_: self.current,
+            "default_stream": lambda *_: self.callers,
             "set_stream": set_stream,
             "device": lambda _: nullcontext(),
             "graph_pool_handle": object,

@@ -81,7 +81,7 @@ def is_consistent(model: CompiledModule) -> bool:
         report.builds == len(report.engines) == len(state.built)
         and len(report.runners) == len(state.runners)
         and {runner.plan_key for runner in state.runners.values()} <= set(state.built)
-        and bool(state.built) == (state._print is not None)
+        and (not state.built or state._print is not None)
         and bool(state.built) == bool(state.build.store.size_bytes())
     )
 

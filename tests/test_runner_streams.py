@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.simulated_cuda import SimulatedCuda, simulated_cuda
+from tests.simulated_cuda import Race, SimulatedCuda, simulated_cuda
 from torchaccel.backends.base import Engine
 from torchaccel.pool import Pool
 from torchaccel.runner import Runner
@@ -89,3 +89,27 @@ def test_what_the_gate_computes_takes_its_turn_too(cuda: SimulatedCuda, runner: 
     assert runner.record.calls == 2
     assert len(kept) == 6
     assert all(torch.equal(result, filled(value)) for value, result in kept)
+
+
+@pytest.mark.parametrize("writer", ["the default stream", "a caller's"])
+def test_weights_are_read_after_what_was_enqueued_on_the_streams_that_calls_came_from(
+    writer: str, cuda: SimulatedCuda, runner: Runner
+) -> None:
+    one, other = cuda.stream(), cuda.stream()
+    weight = filled(1.0).to(cuda.device)
+    for stream in (one, other):
+        stream.wait_stream(cuda.callers)
+        torch.cuda.set_stream(stream)  # type: ignore[arg-type]
+        runner.compute(runner.inputs)
+    torch.cuda.set_stream(cuda.callers if writer == "the default stream" else one)  # type: ignore[arg-type]
+    weight.copy_(filled(2.0).to(cuda.device))
+    torch.cuda.set_stream(other)  # type: ignore[arg-type]
+    with pytest.raises(Race):
+        runner.pool.turn(weight.clone)
+
+    def read() -> torch.Tensor:
+        runner.pool.wait_for_callers()
+        return weight.clone()
+
+    assert torch.equal(runner.pool.turn(read), filled(2.0))
+    assert not cuda.host

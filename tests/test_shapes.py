@@ -76,6 +76,15 @@ def test_a_dynamic_batch_builds_anew_for_another_dtype_and_for_other_inputs_that
     assert model.report().builds == 4
 
 
+@torch.no_grad()
+def test_an_input_that_has_the_batch_s_size_by_chance_is_taken_as_at_the_other_sizes() -> None:
+    model = on_cpu(Lambda(lambda _, x, mask: x @ mask), dynamic_batch=(1, 8, 8))
+    for batch in (2, 4, 8, 4):
+        x, mask = torch.randn(batch, 4), torch.randn(4, 4)
+        assert relative_error(model(x, mask), model.module(x, mask)) < 2e-6
+    assert model.report().builds == 1
+
+
 def test_an_empty_batch_goes_through_the_module() -> None:
     model = on_cpu(small_conv_net())
     with torch.no_grad():

@@ -13,8 +13,12 @@ from torch import nn
 
 from tests.helpers import assert_fresh, images, in_place, on_cpu, relative_error
 from tests.models import small_conv_net
-from torchaccel import DeviceMemoryError, state
+from torchaccel import AccuracyError, DeviceMemoryError, state
+from torchaccel.backends.base import Engine, Plan
+from torchaccel.backends.eager import Eager
+from torchaccel.build import Builder
 from torchaccel.compiled import CompiledModule
+from torchaccel.compiler import BACKENDS
 from torchaccel.fingerprint import Fingerprint, PendingCheck
 from torchaccel.runner import Runner
 
@@ -248,6 +252,158 @@ def test_a_write_that_nothing_tracks_is_seen_when_it_is_taken_back_too() -> None
         for _ in range(2):  # the second time there is nothing new
             model.eval()
             assert_fresh(model, x, builds=1, refreshes=refreshes)
+
+
+def written_meanwhile(model: CompiledModule, monkeypatch: pytest.MonkeyPatch, write: Callable[[], Any]) -> None:
+    """Have another thread write at the next refresh, when the weights have just been read."""
+    store = model._state.build.store
+    refresh = store.refresh
+
+    def read_then_written(module: nn.Module) -> None:
+        refresh(module)
+        monkeypatch.setattr(store, "refresh", refresh)
+        elsewhere(write)
+
+    monkeypatch.setattr(store, "refresh", read_then_written)
+
+
+def fused_step(model: CompiledModule) -> None:
+    weight = model.module.fc.weight
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=1.0, fused=True).step()
+
+
+@pytest.mark.parametrize("write", [in_place, fused_step])
+def test_what_another_thread_writes_during_a_refresh_is_taken_at_the_next_call(
+    write: Callable[[CompiledModule], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = on_cpu(small_conv_net()), images()
+    model(x)
+    written_meanwhile(model, monkeypatch, lambda: write(model))
+    model.refresh()
+    assert_fresh(model, x, builds=1, refreshes=2)
+
+
+def test_what_nothing_tracks_and_another_thread_writes_during_a_refresh_is_found_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = on_cpu(small_conv_net()), images()
+    model(x)
+    written_meanwhile(model, monkeypatch, lambda: model.module.fc.weight.data.mul_(-2))
+    model.refresh()
+    model.eval()
+    assert_fresh(model, x, builds=1, refreshes=2)
+
+
+def test_what_nothing_tracks_and_another_thread_writes_during_the_first_build_is_found_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = on_cpu(small_conv_net()), images()
+    build = Builder.__call__
+
+    def built_then_written(*given: Any) -> Any:
+        made = build(*given)
+        model.module.fc.weight.data.mul_(-2)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Builder, "__call__", built_then_written)
+        model(x)
+    model.eval()
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+def test_an_attribute_that_another_thread_sets_during_a_refresh_is_looked_at_by_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Scaled(nn.Linear):
+        scale = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * super().forward(x)
+
+    model, x = on_cpu(Scaled(4, 3)), torch.randn(2, 4)
+    model(x)
+    written_meanwhile(model, monkeypatch, lambda: setattr(model, "scale", 3.0))
+    model.refresh()
+    assert_fresh(model, x, builds=2, refreshes=2)
+
+
+def test_while_a_refresh_is_under_way_the_calls_of_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = on_cpu(small_conv_net()), images()
+    model(x)
+    seen: list[bool] = []
+    written_meanwhile(model, monkeypatch, lambda: seen.append(model._state.watch.changed()))
+    in_place(model)
+    model(x)
+    assert seen == [True]
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+@pytest.mark.parametrize("mode", ["refresh", "ignore"])
+def test_a_refresh_that_fails_half_way_is_made_up_for_at_the_next_call(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = on_cpu(small_conv_net(), on_weight_change=mode), images()
+    model(x)
+    module, rules = model.module, list(model._state.build.store._held)
+    for weight in module.parameters():
+        weight.mul_(2)
+
+    def fails(rule: Any, held: torch.Tensor, tensors: Any) -> None:
+        if rule is rules[len(rules) // 2]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        refresh(rule, held, tensors)
+
+    with monkeypatch.context() as patch:
+        refresh = type(rules[0]).refresh
+        patch.setattr(type(rules[0]), "refresh", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.refresh()
+    assert_fresh(model, x, builds=1, refreshes=1)
+
+
+class Saturates(Eager):
+    """As a TensorRT backend, which has weights of its own, and whose engine is wrong for large ones."""
+
+    name = "onnx_tensorrt"
+    native = False
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        engine: Any = super().load(plan, device)
+        engine.shares_store = False
+        run = engine._run
+        engine._run = lambda *inputs: tuple(result.clamp(-100, 100) for result in run(*inputs))
+        return engine
+
+
+def test_new_weights_that_an_engine_cannot_take_are_served_by_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "onnx_tensorrt", Saturates())
+    x = torch.randn(3, 4)
+    options: dict[str, Any] = {"backend": "onnx_tensorrt", "cache_dir": False}
+    model, alone = (on_cpu(nn.Linear(4, 2), fallback=name, **options) for name in ("eager", None))
+    for one in (model, alone):
+        one(x)
+        one.module.weight.mul_(1000)
+    assert_fresh(model, x, builds=2, refreshes=1)
+    report = model.report()
+    assert report.backend == "eager"
+    assert any("onnx_tensorrt does not serve the new weights" in event for event in report.events)
+    assert "onnx_tensorrt failed" in report.engines[-1].fell_back_because
+    for _ in range(2):
+        with pytest.raises(AccuracyError, match="onnx_tensorrt"):
+            alone(x)
+
+
+def test_a_submodule_of_another_name_is_found_by_a_look_and_so_are_writes_beside_it() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model, x = on_cpu(module), torch.randn(2, 4)
+    model(x)
+    first, relu = module._modules.pop("0"), module._modules.pop("1")
+    module._modules.update(one=first, other=relu)
+    first.weight.data.mul_(-2)  # type: ignore[union-attr]
+    model.eval()
+    assert_fresh(model, x, builds=2, refreshes=1)
 
 
 def test_a_report_is_of_its_moment() -> None:

@@ -54,6 +54,15 @@ class Pool:
             finally:
                 self._record(stream)
 
+    def wait_for_callers(self) -> None:
+        """Have the current stream wait for what is enqueued on those that calls came from; hold the turn."""
+        if not self._is_cuda:
+            return
+        current = self._current_stream()
+        for stream in (torch.cuda.default_stream(self.device), *self._streams.values()):
+            if stream != current:
+                current.wait_stream(stream)
+
     def synchronize(self) -> None:
         """Wait on the host for everything that was enqueued on the device."""
         if self._is_cuda:

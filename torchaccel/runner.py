@@ -154,7 +154,8 @@ class Runner:
 
     def replay(self) -> None:
         """One run on the static buffers as they are, without copies: what the engine alone costs."""
-        self.pool.turn(self.run)
+        with self._device_guard():
+            self.pool.turn(self.run)
 
     def _device_guard(self) -> Any:
         """A graph replays on the current device's stream, whatever device it was captured on."""

@@ -2,9 +2,10 @@
 
 import functools
 import itertools
+import operator
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from torchaccel.build import Builder, Built, describe
 from torchaccel.capture import batch_size, batched_inputs
-from torchaccel.errors import InputError, StaleWeightsError
+from torchaccel.errors import AccuracyError, BuildError, DeviceMemoryError, InputError, StaleWeightsError
 from torchaccel.fingerprint import Fingerprint, PendingCheck, equal
 from torchaccel.forking import follow, forked_error
 from torchaccel.helper import helper
@@ -49,6 +50,7 @@ class State:
     _attributes: dict[str, Any] = field(default_factory=dict)
     _attribute_was_set: bool = False
     _of_the_parent: Any = None  # in a forked child: the engines on a GPU, which are not to be used there
+    _is_torn: bool = False  # some weights are new and others not: a refresh failed half-way
     _calls_since_check: int = 0
     _uses: Iterator[int] = field(default_factory=itertools.count)
 
@@ -91,7 +93,7 @@ class State:
             if built is None:
                 runner = self._build(key, call, tensors)
             elif built.stale:
-                runner = self._rebuild(built, call, tensors)
+                runner = self._rebuild(key, call, tensors)
             else:
                 runner = built.runner(tensors, self.pool, self.options.cuda_graph)
             runner.plan_key, runner.last_use = key, next(self._uses)
@@ -109,17 +111,29 @@ class State:
         self._register(key, built)
         return runner
 
-    def _rebuild(self, built: Built, call: Call, tensors: list[torch.Tensor]) -> Runner:
-        """Bring a plan that has weights of its own up to date, at the first call that needs it."""
-        started = time.perf_counter()
-        runner = self.build.rebuild(built, call, tensors, self.pool)
+    def _rebuild(self, key: Any, call: Call, tensors: list[torch.Tensor]) -> Runner:
+        """Bring a plan that has weights of its own up to date, at the first call that needs it.
+
+        Where that fails, and others may serve in its place, it is forgotten and built as any other.
+        """
+        started, built = time.perf_counter(), self.built[key]
+        try:
+            runner = self.build.rebuild(built, call, tensors, self.pool)
+        except DeviceMemoryError:
+            raise
+        except (BuildError, AccuracyError) as error:
+            if len(self.build.backends) == 1:
+                raise
+            del self.built[key]
+            self.report.events.append(f"{built.backend.name} does not serve the new weights: {error}")
+            return self._build(key, call, tensors)
         self.pool.synchronize()
         built.record.refresh_ms = _ms_since(started)
         return runner
 
     def _register(self, key: Any, built: Built) -> None:
-        if self._print is None:  # first, since memory may run out here: no engine serves whose weights are not watched
-            self._print, self._attributes = self.watch.fingerprint(), attributes(self.module)
+        if not self.built:
+            self._attributes = attributes(self.module)
         self.built[key] = built
         self.report.builds += 1
         self.report.backend = built.backend.name
@@ -127,14 +141,21 @@ class State:
 
     def _take_weights_of_now(self) -> None:
         """Before a build, which reads the weights as they are: engines that are there must have the same."""
+        self.pool.turn(self.pool.wait_for_callers)
         if not self.built:  # nothing holds older ones: those of now are the ones to watch
             self.build.store.clear()
             self.watch.accept()
+            self.watch.trust()
+            self._print = self._print_of_now()
         elif self.watch.changed() or not self._print_is_of_now() or self._attributes_changed():
             self._take_change("a change that was found at a build")
 
+    def _print_of_now(self) -> Fingerprint:
+        """In a turn of the pool, so that it comes after whoever wrote the last, on whatever stream."""
+        return self.pool.turn(self.watch.fingerprint)
+
     def _print_is_of_now(self) -> bool:
-        return self._print is not None and equal(self.watch.fingerprint(), self._print)
+        return self._print is not None and equal(self._print_of_now(), self._print)
 
     def _on_device(self, call: Call) -> list[torch.Tensor]:
         if not call.tensors:
@@ -161,13 +182,19 @@ class State:
                 f"the batch is {size}, outside dynamic_batch={sizes}: pass between {sizes[0]} and {sizes[2]} items, or "
                 f"compile with a wider range."
             )
-        batched = batched_inputs(call.tensors)
-        shapes = tuple((t.shape[1:] if b else t.shape, t.dtype, b) for t, b in zip(call.tensors, batched, strict=True))
-        return shapes, constants_key(call)
+        for plan in self.built:  # an input that has the batch's size by chance is no part of it there
+            batched = [is_batched for *_, is_batched in plan[0]]
+            if _may_be_batched(call.tensors, batched, size) and _dynamic_key(call, batched) == plan:
+                return plan
+        return _dynamic_key(call, batched_inputs(call.tensors))
 
     def check_weights(self) -> None:
         """Act on a change of the module's weights that PyTorch tracks, and at times look for those that it does not."""
-        if self.options.on_weight_change == "ignore" or not self.built:
+        if not self.built:
+            return
+        if self.options.on_weight_change == "ignore":
+            if self._is_torn:
+                self.refresh("a refresh that failed")
             return
         if self.stale:
             raise StaleWeightsError(self.stale)
@@ -189,7 +216,7 @@ class State:
             try:
                 if start and self._print is not None and not self._check.is_under_way:
                     self._calls_since_check = 0
-                    self._check.start(self.watch.fingerprint(), self._print)
+                    self._check.start(self._print_of_now(), self._print)
                 if self._check.take():
                     self._take_change(UNTRACKED)
             finally:
@@ -198,11 +225,11 @@ class State:
     def check_untracked(self) -> None:
         """Compare the fingerprint of the weights with that of the last refresh; waits for the device."""
         self._calls_since_check = 0
-        if self.options.on_weight_change == "ignore" or self._print is None or self.watch.structure_changed():
+        if self.options.on_weight_change == "ignore" or not self.built:
             return
         if self.watch.changed():
             self._take_change()
-        elif not self._print_is_of_now():
+        elif self.watch.structure_changed() or not self._print_is_of_now():
             self._take_change(UNTRACKED)
 
     def _take_change(self, what: str = "") -> None:
@@ -229,20 +256,31 @@ class State:
             self.watch.doubt()  # until all of it is done: a refresh that fails is made up for at the next call
             looks = bool(what) or self._attribute_was_set
             self._attribute_was_set = False
-            if self.watch.structure_changed() or (looks and self._attributes_changed()):
+            anew = self.watch.structure_changed() or (looks and self._attributes_changed())
+            if anew:
                 self._drop_all()
-            else:
-                self.pool.turn(functools.partial(self.build.store.refresh, self.module))
+            self.watch.accept()
+            if not anew and self.built:
+                self._is_torn = True
+                self.pool.turn(self._read_weights)
+                self._is_torn = False
                 self._outdate([built for built in self.built.values() if not built.is_fresh_in_place()])
             if what:
                 self.report.events.append(f"refreshed after {what}")
-            self.watch.accept()
-            self._print = self.watch.fingerprint() if self.built else None
+            self.watch.trust()
+            if self._attribute_was_set:  # meanwhile, by another thread
+                self.watch.doubt()
             self.report.refreshes += 1
             self.report.refresh_ms = _ms_since(started)
             for built in self.built.values():
                 if not built.stale:
                     built.record.refresh_ms = self.report.refresh_ms
+
+    def _read_weights(self) -> None:
+        """Take the print and then the weights: what nothing tracks, written in between, is found at the next look."""
+        self.pool.wait_for_callers()
+        self._print = self.watch.fingerprint()
+        self.build.store.refresh(self.module)
 
     def _outdate(self, outdated: list[Built]) -> None:
         """Mark plans that have weights of their own: the next call of each builds it again."""
@@ -264,6 +302,7 @@ class State:
         self.runners.clear()
         self.built.clear()
         self.build.store.clear()
+        self._print = None
         self.report.events.append(
             "the module's structure, hooks, modes, attributes, dtypes or device changed: engines are new"
         )
@@ -284,6 +323,18 @@ class State:
         runners = self.kept_runners()
         held = self.build.store.size_bytes() + sum(runner.engine_bytes() for runner in runners)
         return held / 2**20 + sum(runner.record.device_mib for runner in runners)
+
+
+def _may_be_batched(tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int) -> bool:
+    """Whether the tensors at these places have the batch's size for their first dimension."""
+    alike = [tensor.shape[:1] == (size,) for tensor in tensors]
+    return len(alike) == len(batched) and all(map(operator.ge, alike, batched))
+
+
+def _dynamic_key(call: Call, batched: Sequence[bool]) -> Any:
+    """The key of a dynamic plan whose inputs at these places have the batch for their first dimension."""
+    shapes = tuple((t.shape[1:] if b else t.shape, t.dtype, b) for t, b in zip(call.tensors, batched, strict=True))
+    return shapes, constants_key(call)
 
 
 def _ms_since(started: float) -> float:

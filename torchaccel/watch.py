@@ -50,7 +50,7 @@ class WeightWatch:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._stepped = False
+        self._stepped = self._doubted = False
         if not WeightWatch._hooked:
             register_optimizer_step_post_hook(_after_step)
             WeightWatch._hooked = True
@@ -58,7 +58,10 @@ class WeightWatch:
         self.accept()
 
     def accept(self) -> None:
-        """Take the module as it is now for the state to compare with."""
+        """Take the module as it is now for the state to compare with; before its tensors are read, not after.
+
+        What is written after that is a change, also while they are read. A doubt stays.
+        """
         self._stepped = False
         self._read_structure()
         self._tensor_ids = set(map(id, self._tensors))
@@ -93,7 +96,7 @@ class WeightWatch:
 
     def changed(self) -> bool:
         """Whether anything that PyTorch tracks differs from what was accepted last."""
-        if self._stepped:
+        if self._stepped or self._doubted:
             return True
         compiled = helper.module
         if compiled is None:
@@ -155,8 +158,12 @@ class WeightWatch:
             self._stepped = True
 
     def doubt(self) -> None:
-        """Count the module as changed until it is accepted again."""
-        self._stepped = True
+        """Count the module as changed until `trust()`."""
+        self._doubted = True
+
+    def trust(self) -> None:
+        """Go by what was accepted last again."""
+        self._doubted = False
 
     def is_trainable(self) -> bool:
         """Whether any of the module's tensors requires grad."""

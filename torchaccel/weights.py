@@ -145,5 +145,5 @@ class WeightStore:
         self._held.clear()
 
     def size_bytes(self) -> int:
-        """The memory that the held weights take."""
-        return sum(held.numel() * held.element_size() for held in self._held.values())
+        """The memory that the held weights take; another thread may build meanwhile."""
+        return sum(held.numel() * held.element_size() for held in tuple(self._held.values()))

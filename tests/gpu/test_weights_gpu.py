@@ -98,6 +98,30 @@ def test_a_write_that_pytorch_does_not_track_is_found_without_waiting(backend: s
     assert any("does not track" in event for event in report.events)
 
 
+@pytest.mark.parametrize("backend", ["eager", "onnx_tensorrt"])
+def test_a_write_that_is_still_on_its_way_on_another_stream_that_calls_is_waited_for(backend: str) -> None:
+    need(backend)
+    module = small_conv_net().cuda()
+    model = torchaccel.compile(module, "fp16", backend=backend)
+    x, writer, reader = images(), torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        for stream in (writer, reader):
+            with torch.cuda.stream(stream):
+                before = model(x)
+        with torch.cuda.stream(writer):
+            torch.cuda._sleep(200_000_000)  # some 0.1 s
+            module.fc.weight.mul_(-2)
+        with torch.cuda.stream(reader):
+            model(x)  # sees the change, and takes the new weights
+        with torch.cuda.stream(writer):
+            after = model(x)
+        torch.cuda.synchronize()
+        assert relative_error(after, module(x)) < 1e-2
+        assert relative_error(before, after) > 0.5
+    assert model.report().refreshes == 1
+
+
 def test_weights_live_once_for_all_signatures() -> None:
     need("eager")
     module = ZOO["resnet18"].module().cuda()
