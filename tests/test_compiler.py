@@ -11,8 +11,8 @@ from torch import nn
 import torchaccel
 from tests.helpers import Lambda, on_cpu, relative_error, same_values, state_of, without_compiler
 from tests.models import small_conv_net
-from torchaccel.compiler import AUTO, BACKENDS, choose
-from torchaccel.errors import BackendError, BackendWarning, BuildError, OptionError
+from torchaccel.compiler import AUTO, BACKENDS, _move, choose
+from torchaccel.errors import BackendError, BackendWarning, BuildError, DeviceMemoryError, OptionError
 from torchaccel.options import Options
 
 CPU = torch.device("cpu")
@@ -144,6 +144,36 @@ def test_a_fallback_that_is_not_usable_is_refused_at_once() -> None:
 def test_partial_is_refused_where_auto_cannot_mean_torch_tensorrt() -> None:
     with pytest.raises(OptionError, match=r"partial=True.*torch_tensorrt"):
         torchaccel.compile(small_conv_net(), "fp32", device="cpu", partial=True)
+    with pytest.raises(OptionError, match=r"partial=True.*torch_tensorrt"):
+        torchaccel.compile(small_conv_net(), "fp32", device="cpu", backend="fastest", partial=True)
+
+
+def test_a_fallback_that_is_not_usable_is_named_as_such() -> None:
+    with pytest.raises(BackendError, match=r"^fallback='onnx_tensorrt' cannot run"):
+        torchaccel.compile(small_conv_net(), "fp32", device="cpu", backend="eager", fallback="onnx_tensorrt")
+
+
+def test_a_module_that_does_not_fit_stays_where_it_was() -> None:
+    asked: list[str] = []
+
+    class TooLarge(nn.Linear):
+        def to(self, device: torch.device) -> "TooLarge":  # type: ignore[override]
+            asked.append(str(device))
+            if device.type == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+            return super().to(device)
+
+    with pytest.raises(DeviceMemoryError, match=r"TooLarge does not fit on cuda:0 \(CUDA out of memory.* is on cpu as"):
+        _move(TooLarge(2, 2), torch.device("cuda", 0))
+    assert asked == ["cuda:0", "cpu"]
+
+
+def test_what_hides_a_module_s_own_attributes_is_said() -> None:
+    class Own(nn.Linear):
+        _run_module = "mine"
+
+    with pytest.warns(BackendWarning, match=r"has attributes that the compiled module has too \(_run_module\)"):
+        on_cpu(Own(2, 2))
 
 
 def test_a_refused_backend_leaves_the_module_as_it_was() -> None:

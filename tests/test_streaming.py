@@ -1,6 +1,7 @@
 """stream() without a GPU: the same results, in the same order, with errors where they belong."""
 
 import re
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_a_batch_is_one_argument_or_several_or_keywords() -> None:
     assert read_batch((x, 3)) == ((x, 3), {})
     assert read_batch([x, 3]) == ((x, 3), {})
     assert read_batch({"x": x}) == ((), {"x": x})
+    assert read_batch(UserDict(x=x)) == ((), {"x": x})  # as tokenizers return
     assert read_batch(()) == ((), {})
 
 

@@ -70,8 +70,9 @@ class CompiledModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run an engine (building it at the first call of a signature), or the module in training mode.
 
-        Results are the caller's own. An input that the module hands back is that very tensor; where the module returns
-        a view of an input, an engine returns a copy. A call with an empty tensor goes to the module.
+        Results are the caller's own, each in memory of its own. An input that the module hands back is that very
+        tensor; where the module returns a view of an input, or of another output, an engine returns a copy. A call with
+        an empty tensor goes to the module.
         """
         state = self._state
         if state.module.training or _is_transformed():
@@ -116,7 +117,7 @@ class CompiledModule(nn.Module):
         return (self._serve_one(batch, preprocess) for batch in batches)
 
     def refresh(self) -> None:
-        """Take the module's weights as they are now, however they were written; waits for the device."""
+        """Take the module's weights as they are now, however they were written; enqueued on the current stream."""
         self._state.refresh("refresh()")
 
     def report(self) -> Report:
@@ -245,8 +246,13 @@ class CompiledModule(nn.Module):
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
-# The names that a module's own attributes are hidden behind.
+# The names that a module's own attributes are hidden behind, and those of them that are there for callers.
 ITS_OWN = ("module", "stream", "refresh", "report", "runner_for")
+HIDES = tuple(
+    name
+    for name in (*vars(CompiledModule), *CompiledModule.__annotations__)
+    if not name.startswith("__") and not hasattr(nn.Module(), name)
+)
 
 # Dynamo neither traces a call of a compiled module nor anything below it: torch.compile runs the engine as it is. It
 # is what `torch.compiler.disable` does, without importing Dynamo and without a wrapper around each call.

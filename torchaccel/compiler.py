@@ -18,9 +18,10 @@ from torchaccel.backends.onnx_tensorrt import OnnxTensorRT
 from torchaccel.backends.torch_tensorrt import TorchTensorRT
 from torchaccel.build import Builder
 from torchaccel.cache.store import open_cache
-from torchaccel.compiled import ITS_OWN, CompiledModule
-from torchaccel.errors import BackendError, BackendWarning, OptionError
+from torchaccel.compiled import HIDES, CompiledModule
+from torchaccel.errors import BackendError, BackendWarning, DeviceMemoryError, OptionError
 from torchaccel.forking import refuse_forked_cuda
+from torchaccel.memory import is_out_of_memory, release
 from torchaccel.options import CHECK_WEIGHTS_EVERY, Options, check_module_names, make_options
 from torchaccel.pool import Pool
 from torchaccel.precision import PRECISIONS
@@ -79,7 +80,8 @@ def compile(
         partial: allow operators outside TensorRT engines, run by PyTorch (torch_tensorrt only).
         cuda_graph: replay engines as captured CUDA graphs.
         max_runners: signatures whose buffers and graphs are kept; the least recently used go first.
-        on_weight_change: "refresh" engines at the next call, "raise", or "ignore" changes until `refresh()`.
+        on_weight_change: "refresh" engines at the next call, "raise", or "ignore" changes until `refresh()` or the next
+            build, for another signature: all engines then have the weights that it takes.
         check_weights_every: calls between two looks for writes that PyTorch does not track, which the host does not
             wait for: the calls after one act on it. None looks only at `eval()` and `refresh()`.
         objective: what backend="fastest" decides by: the time of a call on the device ("latency", and "throughput",
@@ -135,7 +137,7 @@ def compile(
     except NotImplementedError as error:  # what torch.export gives has neither mode
         raise OptionError(f"module refuses eval() ({error}): give the module that it was exported from.") from error
     if module_device(module) not in (None, target):
-        module.to(target)
+        _move(module, target)
     if inputs is not None:
         args, kwargs = read_batch(inputs)
         model.runner_for(*args, **kwargs)
@@ -155,7 +157,7 @@ def _compiled(module: nn.Module, options: Options, target: torch.device) -> Comp
         backends: tuple[Backend, ...] = (chosen,)
         fallback = options.fallback
         if fallback is not None and fallback != chosen.name:  # which "auto" may have chosen
-            backends += (require_usable(BACKENDS[fallback], options, target),)
+            backends += (require_usable(BACKENDS[fallback], options, target, "fallback"),)
         builder = Builder(module, options, backends, WeightStore(), cache)
     remake = functools.partial(_remade, options)
     return CompiledModule(State(module, options, target, builder, report, Pool(target), remake))
@@ -164,6 +166,8 @@ def _compiled(module: nn.Module, options: Options, target: torch.device) -> Comp
 def _field(options: Options, target: torch.device) -> tuple[tuple[Backend, ...], dict[str, str]]:
     """The backends that can serve the options on a device, and why the others cannot."""
     problems = {backend.name: unusable(backend, options, target) for backend in FIELD}
+    if options.partial and problems["torch_tensorrt"] is not None:
+        raise _partial_refused(f"torch_tensorrt: {problems['torch_tensorrt']}")
     able = tuple(backend for backend in FIELD if problems[backend.name] is None)
     out = {name: problem for name, problem in problems.items() if problem is not None}
     if not able:
@@ -214,10 +218,14 @@ def choose(options: Options, device: torch.device) -> tuple[Backend, str]:
     if not reasons:
         return BACKENDS[name], ""
     if options.partial:
-        raise OptionError("partial=True belongs to torch_tensorrt, which is not usable here. " + "; ".join(reasons))
+        raise _partial_refused("; ".join(reasons))
     because = f"because {'; '.join(reasons)}"
     warnings.warn(f"backend='auto' serves through {name}, {because}", BackendWarning, stacklevel=4)
     return BACKENDS[name], because
+
+
+def _partial_refused(reasons: str) -> OptionError:
+    return OptionError(f"partial=True belongs to torch_tensorrt, which is not usable here. {reasons}")
 
 
 def unusable(backend: Backend, options: Options, device: torch.device) -> str | None:
@@ -225,12 +233,12 @@ def unusable(backend: Backend, options: Options, device: torch.device) -> str | 
     return backend.unavailable() or backend.honours(PRECISIONS[options.precision], device)
 
 
-def require_usable(backend: Backend, options: Options, device: torch.device) -> Backend:
-    """The backend, or `BackendError` with the reason."""
+def require_usable(backend: Backend, options: Options, device: torch.device, argument: str = "backend") -> Backend:
+    """The backend that an argument names, or `BackendError` with the reason."""
     problem = unusable(backend, options, device)
     if problem:
         raise BackendError(
-            f"backend={backend.name!r} cannot run precision={options.precision!r} on {device}: {problem}. "
+            f"{argument}={backend.name!r} cannot run precision={options.precision!r} on {device}: {problem}. "
             f"`python -m torchaccel env` shows what is usable here; backend='auto' takes the best of it."
         )
     return backend
@@ -250,7 +258,7 @@ def _check_module(module: nn.Module, options: Options) -> None:
     for name, tensor in module_tensors(module).items():
         if problem := why_unwatched(tensor):
             raise OptionError(f"{name!r} of {type(module).__name__} {problem}")
-    hidden = [name for name in ITS_OWN if hasattr(module, name)]
+    hidden = [name for name in HIDES if hasattr(module, name)]
     if hidden:
         warnings.warn(
             f"{type(module).__name__} has attributes that the compiled module has too ({', '.join(hidden)}): "
@@ -259,6 +267,22 @@ def _check_module(module: nn.Module, options: Options) -> None:
             stacklevel=3,
         )
     check_module_names(module, options.keep_fp32)
+
+
+def _move(module: nn.Module, target: torch.device) -> None:
+    """Move a module in place; where there is no room for all of it, all of it stays where it was."""
+    before = module_device(module)
+    try:
+        module.to(target)
+    except (RuntimeError, MemoryError) as error:
+        module.to(before)
+        release(target)
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(
+            f"{type(module).__name__} does not fit on {target} ({str(error).partition(chr(10))[0]}); it is on {before} "
+            f"as before. Free memory there, or pass device='cpu'."
+        ) from None
 
 
 def _device(module: nn.Module, options: Options) -> torch.device:

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ def read_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
     if isinstance(batch, torch.Tensor):  # the common batch, without the walk
         return (batch,), {}
+    if isinstance(batch, Mapping) and not isinstance(batch, dict):  # such as what tokenizers return
+        batch = dict(batch)
     batch = pytree.tree_map(lambda leaf: _as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
