@@ -395,6 +395,26 @@ def test_new_weights_that_an_engine_cannot_take_are_served_by_the_fallback(monke
             alone(x)
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_an_engine_that_another_thread_s_training_made_differ_is_built_once_more(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = on_cpu(small_conv_net()), images()
+    store, left = model._state.build.store, iter(range(times))
+    get = store.get
+
+    def written_before(*given: Any) -> list[torch.Tensor]:  # after the module has run for comparison
+        if next(left, None) is not None:
+            elsewhere(lambda: in_place(model))
+        return get(*given)
+
+    monkeypatch.setattr(store, "get", written_before)
+    if times == 3:
+        with pytest.raises(AccuracyError):
+            model(x)
+    assert_fresh(model, x, builds=1, refreshes=0)
+
+
 def test_a_submodule_of_another_name_is_found_by_a_look_and_so_are_writes_beside_it() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model, x = on_cpu(module), torch.randn(2, 4)

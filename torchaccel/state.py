@@ -2,10 +2,9 @@
 
 import functools
 import itertools
-import operator
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,21 +12,22 @@ import torch
 from torch import nn
 
 from torchaccel.build import Builder, Built, describe
-from torchaccel.capture import batch_size, batched_inputs
-from torchaccel.errors import AccuracyError, BuildError, DeviceMemoryError, InputError, StaleWeightsError
+from torchaccel.errors import AccuracyError, BuildError, DeviceMemoryError, StaleWeightsError
 from torchaccel.fingerprint import Fingerprint, PendingCheck, equal
 from torchaccel.forking import follow, forked_error
 from torchaccel.helper import helper
 from torchaccel.interrupts import uninterrupted
 from torchaccel.memory import release_on_exhaustion
 from torchaccel.options import Options
+from torchaccel.plan_key import on_device, plan_key
 from torchaccel.pool import Pool
 from torchaccel.purity import attributes, differing
 from torchaccel.report import Report
 from torchaccel.runner import Runner
-from torchaccel.signature import Call, constants_key
+from torchaccel.signature import Call
 from torchaccel.watch import WeightWatch
 
+TRIES = 3  # to build an engine while another thread trains
 UNTRACKED = "a write that PyTorch does not track"
 
 
@@ -87,20 +87,34 @@ class State:
                 return self.runners[call.key]
             if self._of_the_parent is not None:
                 raise forked_error()
-            tensors = self._on_device(call)
-            key = self._plan_key(call)
-            built = self.built.get(key)
-            if built is None:
-                runner = self._build(key, call, tensors)
-            elif built.stale:
-                runner = self._rebuild(key, call, tensors)
-            else:
-                runner = built.runner(tensors, self.pool, self.options.cuda_graph)
+            tensors = on_device(call, self.device)
+            key = plan_key(call, self.options.dynamic_batch, self.built)
+            runner = self._made(key, call, tensors)
             runner.plan_key, runner.last_use = key, next(self._uses)
             self.runners[call.key] = runner
             while len(self.runners) > self.options.max_runners:
                 del self.runners[min(self.runners, key=lambda used: self.runners[used].last_use)]
             return runner
+
+    def _made(self, key: Any, call: Call, tensors: list[torch.Tensor]) -> Runner:
+        """A runner on the plan of that key, built where there is none or an old one.
+
+        Where another thread writes to the weights meanwhile, an engine of the old ones is compared with the module on
+        the new: then once more.
+        """
+        built = self.built.get(key)
+        if built is not None and not built.stale:
+            return built.runner(tensors, self.pool, self.options.cuda_graph)
+        left = TRIES
+        while True:
+            left -= 1
+            make = self._rebuild if key in self.built else self._build
+            try:
+                return make(key, call, tensors)
+            except AccuracyError:
+                if not left or not self.watch.changed():
+                    raise
+            self._take_weights_of_now()
 
     def _build(self, key: Any, call: Call, tensors: list[torch.Tensor]) -> Runner:
         started = time.perf_counter()
@@ -122,7 +136,7 @@ class State:
         except DeviceMemoryError:
             raise
         except (BuildError, AccuracyError) as error:
-            if len(self.build.backends) == 1:
+            if len(self.build.backends) == 1 or self.watch.changed():
                 raise
             del self.built[key]
             self.report.events.append(f"{built.backend.name} does not serve the new weights: {error}")
@@ -156,37 +170,6 @@ class State:
 
     def _print_is_of_now(self) -> bool:
         return self._print is not None and equal(self._print_of_now(), self._print)
-
-    def _on_device(self, call: Call) -> list[torch.Tensor]:
-        if not call.tensors:
-            raise InputError("the call has no tensor among its arguments, so there is nothing to run an engine on.")
-        for index, tensor in enumerate(call.tensors):
-            if tensor.layout is not torch.strided:
-                layout = str(tensor.layout).removeprefix("torch.")
-                raise InputError(f"input {index} is {layout}; engines take dense (strided) tensors: use .to_dense().")
-            if tensor.is_quantized:
-                raise InputError(f"input {index} is quantized ({tensor.dtype}): use .dequantize(), or .int_repr().")
-            if tensor.device.type != "cpu" and tensor.device != self.device:
-                raise InputError(
-                    f"input {index} is on {tensor.device}, and the model on {self.device}: move one of them with .to()."
-                )
-        return [tensor.detach().to(self.device) for tensor in call.tensors]
-
-    def _plan_key(self, call: Call) -> Any:
-        sizes = self.options.dynamic_batch
-        if sizes is None:  # wherever the tensors are: they come to the engine's device
-            return tuple((tensor.shape, tensor.dtype) for tensor in call.tensors), constants_key(call)
-        size = batch_size(call.tensors)
-        if not sizes[0] <= size <= sizes[2]:
-            raise InputError(
-                f"the batch is {size}, outside dynamic_batch={sizes}: pass between {sizes[0]} and {sizes[2]} items, or "
-                f"compile with a wider range."
-            )
-        for plan in self.built:  # an input that has the batch's size by chance is no part of it there
-            batched = [is_batched for *_, is_batched in plan[0]]
-            if _may_be_batched(call.tensors, batched, size) and _dynamic_key(call, batched) == plan:
-                return plan
-        return _dynamic_key(call, batched_inputs(call.tensors))
 
     def check_weights(self) -> None:
         """Act on a change of the module's weights that PyTorch tracks, and at times look for those that it does not."""
@@ -323,18 +306,6 @@ class State:
         runners = self.kept_runners()
         held = self.build.store.size_bytes() + sum(runner.engine_bytes() for runner in runners)
         return held / 2**20 + sum(runner.record.device_mib for runner in runners)
-
-
-def _may_be_batched(tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int) -> bool:
-    """Whether the tensors at these places have the batch's size for their first dimension."""
-    alike = [tensor.shape[:1] == (size,) for tensor in tensors]
-    return len(alike) == len(batched) and all(map(operator.ge, alike, batched))
-
-
-def _dynamic_key(call: Call, batched: Sequence[bool]) -> Any:
-    """The key of a dynamic plan whose inputs at these places have the batch for their first dimension."""
-    shapes = tuple((t.shape[1:] if b else t.shape, t.dtype, b) for t, b in zip(call.tensors, batched, strict=True))
-    return shapes, constants_key(call)
 
 
 def _ms_since(started: float) -> float:
