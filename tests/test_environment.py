@@ -519,6 +519,13 @@ def test_environment_with_a_gpu(site: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [problem.name for problem in found.problems] == ["Torch-TensorRT does not import"]
 
 
+def test_tensorrt_rtx_without_a_gpu_builds_engine_files(site: Path) -> None:
+    install(site, "tensorrt-rtx", "1.4.0.76", tensorrt_rtx="")
+    (rtx,) = [part for part in environment.environment().components if part.name == "TensorRT-RTX"]
+    assert not rtx.usable
+    assert rtx.reason == "there is no NVIDIA driver; it builds engine files, but runs none"
+
+
 def test_what_is_missing_comes_before_the_gpu_and_what_is_installed_after(site: Path) -> None:
     assert component("Torch-TensorRT").reason == "torch_tensorrt is not installed"
     assert component("Torch-TensorRT").remedy.startswith("pip install")

@@ -159,7 +159,10 @@ def _components() -> Iterator[Component]:
     for module in ("torch_tensorrt", "tensorrt", "tensorrt_rtx"):
         checks = (device_check(module), (import_problem(module), pip_command(module)))
         order = checks if provider(module)[0] else checks[::-1]  # first what is missing, then what refuses it
-        yield _component(LIBRARIES[module].label, provider(module)[1] or None, *order)
+        component = _component(LIBRARIES[module].label, provider(module)[1] or None, *order)
+        if module == "tensorrt_rtx" and component.reason == no_gpu()[0] and not import_problem(module):
+            component = replace(component, reason=f"{component.reason}; it builds engine files, but runs none")
+        yield component
     onnx = [(import_problem(module), f'pip install "{module}"') for module in ("onnx", "onnxscript")]
     yield _component("ONNX export", distribution_version("onnx"), *onnx)
     headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
