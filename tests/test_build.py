@@ -12,7 +12,7 @@ from tests.models import small_conv_net
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan
 from torchaccel.backends.eager import Eager
 from torchaccel.build import Builder, Built, describe
-from torchaccel.errors import AccuracyError, BackendWarning, BuildError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError, DeviceMemoryError
 from torchaccel.options import Options
 from torchaccel.pool import Pool
 from torchaccel.precision import Precision
@@ -51,13 +51,44 @@ class Wrong(Eager):
         return NativeEngine(run, plan.precision)
 
 
+class OutOfResources(Exception):
+    """What Triton raises where a kernel does not fit a GPU, which is no RuntimeError either."""
+
+
 class Broken(Eager):
-    """A backend with a fault of its own, which is no reason to try another."""
+    """A backend that raises an error of another library's at a step."""
 
     name = "broken"
 
+    def __init__(self, step: str, error: BaseException | None = None) -> None:
+        self.step, self.error = step, error or OutOfResources("out of resource: shared memory")
+
+    def _reach(self, step: str) -> None:
+        if step == self.step:
+            raise self.error
+
+    def lower(self, program: Program) -> None:
+        self._reach("lower")
+        super().lower(program)
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        self._reach("build")
+        return super().build(program, precision, device, partial=partial)
+
     def load(self, plan: Plan, device: torch.device) -> Engine:
-        raise ZeroDivisionError("a bug")
+        self._reach("load")
+        engine: Any = super().load(plan, device)
+        real, runs = engine._run, itertools.count(1)
+
+        def run(*inputs: torch.Tensor) -> Any:
+            self._reach(f"run {next(runs)}")
+            return real(*inputs)
+
+        engine._run = run
+        return engine
+
+
+STEPS = ("lower", "build", "load", "run 1")
 
 
 def build(
@@ -140,9 +171,52 @@ def test_the_error_of_the_last_backend_is_raised() -> None:
         build(small_conv_net(), torch.randn(2, 3, 8, 8), Refuses(), Wrong())
 
 
-def test_a_fault_that_is_neither_build_nor_gate_is_no_reason_to_fall_back() -> None:
-    with pytest.raises(ZeroDivisionError):
-        build(small_conv_net(), torch.randn(2, 3, 8, 8), Broken(), Eager())
+@pytest.mark.parametrize("step", STEPS)
+def test_whatever_a_backend_raises_at_any_step_is_a_failed_build(step: str) -> None:
+    broken = Broken(step)
+    with pytest.raises(BuildError, match=r"the broken engine could not be .*\(OutOfResources\): out of res") as caught:
+        build(small_conv_net(), torch.randn(2, 3, 8, 8), broken)
+    assert caught.value.__cause__ is broken.error
+    built, _, _ = build(small_conv_net(), torch.randn(2, 3, 8, 8), broken, Eager())
+    assert built.record.backend == "eager"
+    assert "broken failed: the broken engine could not be" in built.record.fell_back_because
+
+
+def test_what_an_engine_raises_at_another_size_of_its_batch_is_a_failed_build() -> None:
+    with pytest.raises(BuildError, match=r"broken engine could not be run \(OutOfResources\)"):
+        build(small_conv_net(), torch.randn(2, 3, 8, 8), Broken("run 3"), options=dynamic(1, 2, 8))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_neither_want_of_memory_nor_an_interrupt_is_a_failed_build(step: str) -> None:
+    module, x = small_conv_net(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(DeviceMemoryError, match="out of memory on cpu"):
+        build(module, x, Broken(step, MemoryError()))
+    with pytest.raises(KeyboardInterrupt):
+        build(module, x, Broken(step, KeyboardInterrupt()), Eager())
+
+
+def test_an_engine_that_cannot_be_run_for_another_signature_is_a_build_error() -> None:
+    module = small_conv_net()
+    built, runner, _ = build(module, torch.randn(2, 3, 8, 8), options=dynamic(1, 2, 8))
+
+    def another() -> Engine:
+        raise OutOfResources("out of resource: shared memory")
+
+    built.engine.another = another  # type: ignore[union-attr, method-assign]
+    with pytest.raises(BuildError, match="the eager engine could not be run"):
+        built.runner([torch.randn(5, 3, 8, 8)], runner.pool, cuda_graph=False)
+
+
+def test_where_the_fallback_fails_too_the_error_has_both_reasons() -> None:
+    with pytest.raises(AccuracyError, match=r"(?s)the wrong engine.*fallback, since refuses failed: Sort ×2 is too"):
+        build(small_conv_net(), torch.randn(2, 3, 8, 8), Refuses(), Wrong())
+
+
+def test_where_the_fallback_of_one_that_had_no_memory_fails_too_the_error_is_for_want_of_memory() -> None:
+    said = r"(?s)the wrong engine.*relative error.*fallback, since broken failed: out of memory on cpu"
+    with pytest.raises(DeviceMemoryError, match=said):
+        build(small_conv_net(), torch.randn(2, 3, 8, 8), Broken("load", MemoryError()), Wrong())
 
 
 def test_a_wrong_engine_passes_if_the_tolerance_says_so() -> None:

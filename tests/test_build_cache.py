@@ -259,6 +259,23 @@ def test_every_signature_s_engine_is_built_again_for_a_change_that_the_check_can
 
 
 @torch.no_grad()
+def test_whatever_is_raised_where_an_engine_is_built_again_is_a_build_error(
+    observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = of_its_own()
+    model(X)
+    model.module.factor.fill_(5.0)
+
+    def rebuild(*_: Any, **__: Any) -> Any:
+        raise ValueError("a converter's bug")
+
+    with monkeypatch.context() as patch, pytest.raises(BuildError, match=r"built again \(ValueError\): a conv"):
+        patch.setattr(observed, "rebuild", rebuild)
+        model(X)
+    assert torch.equal(model(X), X * 5)
+
+
+@torch.no_grad()
 def test_an_engine_that_could_not_be_built_again_serves_no_more_until_it_can(observed: Observed) -> None:
     model = of_its_own()
     model(X)

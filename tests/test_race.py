@@ -18,6 +18,8 @@ from torchaccel.backends.eager import Eager
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BuildError, OptionError
 from torchaccel.figures import Comparison, Timing
+from torchaccel.precision import Precision
+from torchaccel.program import Program
 from torchaccel.race import Racer
 from torchaccel.report import RaceRecord
 from torchaccel.weights import WeightRule
@@ -90,6 +92,32 @@ def images(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, 8, 8)
 
 
+class Breaking(Eager):
+    """A candidate that raises at a step what Triton does: no RuntimeError."""
+
+    def __init__(self, step: str) -> None:
+        self.name = self._step = step
+
+    def _reach(self, step: str) -> None:
+        if step == self._step:
+            raise TritonError("out of resource: shared memory")
+
+    def lower(self, program: Program) -> None:
+        self._reach("lower")
+
+    def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
+        self._reach("build")
+        return super().build(program, precision, device, partial=partial)
+
+    def load(self, plan: Plan, device: torch.device) -> Engine:
+        self._reach("load")
+        return _Changed(super().load(plan, device), lambda result: self._reach("run") or result, 0)
+
+
+class TritonError(Exception):
+    pass
+
+
 def rules(model: CompiledModule) -> Sequence[WeightRule]:
     return sorted(model._state.build.store.rules(), key=str)
 
@@ -137,6 +165,22 @@ def test_the_fastest_that_is_right_serves_and_the_report_has_the_whole_field(com
     for said in ("race for latency", "fast", "not installed"):
         assert said in str(report)
         assert said in str(race)
+
+
+def test_a_candidate_that_raises_whatever_at_whichever_step_is_out_and_the_race_goes_on(compete: Any) -> None:
+    steps = ("lower", "build", "load", "run")
+    model = compete(*map(Breaking, steps), Changed("sound"))
+    x = images()
+    assert relative_error(model(x), model.module(x)) < 1e-5
+    (race,) = model.report().races
+    assert outcomes(race) == {"sound": "won"} | dict.fromkeys(steps, "out")
+    assert all("(TritonError): out of resource" in entry.reason for entry in race.entries[1:])
+    assert rules(model) == rules(_served(compete(Eager())))
+
+
+def _served(model: CompiledModule) -> CompiledModule:
+    model(images())
+    return model
 
 
 def test_what_the_losers_built_is_released(compete: Any) -> None:

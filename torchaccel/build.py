@@ -16,7 +16,8 @@ from torchaccel.cache.plans import serve
 from torchaccel.cache.store import Cache
 from torchaccel.capture import capture, engine_input, resize_batch
 from torchaccel.diagnosis import Overflow
-from torchaccel.errors import AccuracyError, BackendWarning, BuildError, TorchAccelError
+from torchaccel.errors import AccuracyError, BackendWarning, BuildError, DeviceMemoryError
+from torchaccel.failures import as_build_error
 from torchaccel.gate import Reference, compare_outputs, reference, reproduced, require, run_module
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import release_on_exhaustion
@@ -67,16 +68,20 @@ class Built:
         return self.engine is not None and self.engine.shares_store
 
     def runner(self, tensors: Sequence[torch.Tensor], pool: Pool, cuda_graph: bool) -> Runner:
-        """A runner for the shapes of `tensors`, on an engine that is loaded already or is loaded now."""
-        if self.engine is not None:
-            engine = self.engine.another()
-        else:
-            engine = self.backend.load(self.plan, pool.device)
-            # A static TensorRT engine has weights of its own, which go when its runner goes; the plan stays.
-            self.engine = engine if self.dynamic or engine.shares_store else None
-        with torch.inference_mode(False):
-            examples = [engine_input(tensor, self.plan.precision.dtype) for tensor in tensors]
-        runner = Runner(engine, examples, self.dtypes, self.outputs, pool, describe(tensors), cuda_graph)
+        """A runner for the shapes of `tensors`, on an engine that is loaded already or is loaded now.
+
+        Raises `BuildError`, whatever the backend, PyTorch or a kernel raises.
+        """
+        with as_build_error(self.backend.name, "run"):
+            if self.engine is not None:
+                engine = self.engine.another()
+            else:
+                engine = self.backend.load(self.plan, pool.device)
+                # A static TensorRT engine has weights of its own, which go when its runner goes; the plan stays.
+                self.engine = engine if self.dynamic or engine.shares_store else None
+            with torch.inference_mode(False):
+                examples = [engine_input(tensor, self.plan.precision.dtype) for tensor in tensors]
+            runner = Runner(engine, examples, self.dtypes, self.outputs, pool, describe(tensors), cuda_graph)
         if runner.overlaps:
             warnings.warn(_OVERLAPS.format(runner.record.why_no_graph), BackendWarning, stacklevel=2)
         return runner
@@ -112,19 +117,27 @@ class Builder:
     ) -> tuple[Built, Runner]:
         """A gated plan and its first runner for a call whose tensors, on the device, are `tensors`.
 
-        A failed build or gate moves on to the next backend, which only `fallback=` adds, and the record says why.
+        A failed build or gate, whatever was raised, moves on to the next backend, which only `fallback=` adds, and the
+        record says why; where the last one fails too, its error does.
         """
         if captured is None:
             captured = self.capture(call, tensors, pool)
-        reason = ""
+        reason, ran_out = "", False
         for backend in self.backends[:-1]:
             attempt = functools.partial(self._attempt, backend, captured.copy(), call, tensors, pool, reason)
             try:
                 return self._or_release(attempt, tensors, pool)
             except (BuildError, AccuracyError) as error:
-                reason = f"{backend.name} failed: {error}"
+                reason, ran_out = f"{backend.name} failed: {error}", isinstance(error, DeviceMemoryError)
         attempt = functools.partial(self._attempt, self.backends[-1], captured, call, tensors, pool, reason)
-        return self._or_release(attempt, tensors, pool)
+        try:
+            return self._or_release(attempt, tensors, pool)
+        except (BuildError, AccuracyError) as error:
+            if reason:
+                error.args = (f"{error}\nIt is the fallback, since {reason}",)
+            if ran_out:  # with more of it there would have been an engine
+                raise DeviceMemoryError(str(error)) from None
+            raise
 
     def capture(self, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> Captured:
         """The module captured for a call, which takes most of the time that a build from the cache does."""
@@ -168,7 +181,8 @@ class Builder:
         signature += f", batch {sizes[0]} to {sizes[2]}" if sizes else ""
         record = EngineRecord(signature, backend.name, options.precision, fell_back_because=reason)
         record.export_ms, record.folded_batch_norms = captured.export_ms, program.folded
-        backend.lower(program)
+        with as_build_error(backend.name, "built"):
+            backend.lower(program)
 
         def load(plan: Plan) -> tuple[Built, Runner]:
             dynamic = options.dynamic_batch is not None
@@ -186,7 +200,8 @@ class Builder:
     def rebuild(self, built: Built, call: Call, tensors: Sequence[torch.Tensor], pool: Pool) -> Runner:
         """Build a stale plan again, for the weights of now, from the program that it left; returns its first runner.
 
-        Nothing is captured anew, and what PyTorch specialises is in the kernel cache. It is gated like any other.
+        Nothing is captured anew, and what PyTorch specialises is in the kernel cache. It is gated like any other, and
+        fails like any other: with `BuildError` or `AccuracyError`.
         """
         assert built.program is not None
         program = built.program
@@ -194,7 +209,8 @@ class Builder:
         program.inputs = tuple(engine_input(tensor, built.plan.precision.dtype) for tensor in tensors)
         try:
             self._take_weights(built.backend, program)
-            built.plan = built.backend.rebuild(built.plan, program, pool.device, partial=self.options.partial)
+            with as_build_error(built.backend.name, "built again"):
+                built.plan = built.backend.rebuild(built.plan, program, pool.device, partial=self.options.partial)
             built.engine, built.record.gates = None, ()
             runner = self._load(built, program, call, tensors, expected, pool)
         except BaseException:
@@ -218,7 +234,7 @@ class Builder:
     ) -> Runner:
         """Load a plan into its first runner, and gate it; then the program rests without weights."""
         options, record = self.options, built.record
-        with _timed(record, "load_ms"), _running(built.backend):
+        with _timed(record, "load_ms"):
             runner = built.runner(tensors, pool, options.cuda_graph)
         record.library = built.plan.library
         _measure_outside(record, runner)
@@ -228,8 +244,7 @@ class Builder:
             for size in sorted(set(options.dynamic_batch or ())):
                 resized = resize_batch(tensors, program.batched, size)
                 again = reference(self.module, call, resized).leaves
-                with _running(built.backend):
-                    sized = built.runner(resized, pool, options.cuda_graph)
+                sized = built.runner(resized, pool, options.cuda_graph)
                 self._gate(built, sized, call, resized, again, batch=size)
         if built.is_fresh_in_place():
             program.drop_examples()
@@ -249,8 +264,7 @@ class Builder:
         batch: int | None = None,
     ) -> None:
         """Compare what a runner returns, its graph and casts included, with the leaves of the module's own result."""
-        with torch.inference_mode(False), torch.no_grad(), _running(built.backend):
-            outputs = runner.check(tensors)
+        outputs = _checked(built.backend, runner, tensors)
         dtypes = [tensor.dtype for tensor in (*tensors, *self.module.parameters(), *self.module.buffers())]
         bound = self.options.bound_beside(dtypes)
         expected = built.outputs.computed(leaves)
@@ -260,8 +274,7 @@ class Builder:
         require(gate, built.backend.name, self.options.precision, advice)
         on_cpu = built.backend.native and tensors[0].is_cpu
         for _ in range(0 if on_cpu else REPEATS):
-            with torch.inference_mode(False), torch.no_grad(), _running(built.backend):
-                again = runner.check(tensors)
+            again = _checked(built.backend, runner, tensors)
             if not all(map(torch.equal, again, outputs)):
                 require(
                     compare_outputs(again, expected, bound, batch), built.backend.name, self.options.precision, _RACES
@@ -320,20 +333,15 @@ def _measure_outside(record: EngineRecord, runner: Runner) -> None:
     coverage = record.coverage
     if coverage is None or not coverage.outside:
         return
-    with suppress(RuntimeError):  # what cannot be run node by node has no figures, and serves all the same
+    with suppress(Exception):  # what cannot be run node by node has no figures, and serves all the same
         coverage.outside_time_shares = runner.outside_time_shares()
         coverage.outside_time_share = sum(coverage.outside_time_shares.values())
 
 
-@contextmanager
-def _running(backend: Backend) -> Iterator[None]:
-    """What PyTorch raises at an engine's first runs, memory included, means that it was not built."""
-    try:
-        yield
-    except TorchAccelError:
-        raise
-    except RuntimeError as error:
-        raise BuildError(f"the {backend.name} engine could not be run ({type(error).__name__}): {error}") from error
+def _checked(backend: Backend, runner: Runner, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What an engine computes at one of its first runs; what is raised there, memory included, makes it no engine."""
+    with torch.inference_mode(False), torch.no_grad(), as_build_error(backend.name, "run"):
+        return runner.check(tensors)
 
 
 @contextmanager

@@ -103,6 +103,28 @@ def test_a_route_that_fails_leaves_the_other_and_its_reason(program: Any, monkey
     assert "trace" not in plan.library
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_route_fails_whatever_it_raises(known: bool, program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CompilationError(Exception):
+        """As Triton's: no RuntimeError."""
+
+    def broken(program: Any) -> Any:
+        raise CompilationError("at 3:1")
+
+    monkeypatch.setitem(fused._ROUTES, "broken", broken)
+    monkeypatch.setattr(fused, "_tried", lambda routes, program, device: routes)
+    monkeypatch.setattr(fused, "_time_ms", lambda engine, inputs, device: 1.0)
+    routes, notes = ("broken", "plain"), Notes()
+    with taking(notes):
+        note(("route", routes), {"route": "broken", "routes_ms": {}, "routes_failed": {}})
+    backend = Fused(routes=routes)
+    plan = backend.build(program, PRECISIONS["fp32"], CPU)
+    with taking(Notes(notes.made if known else None)):
+        backend.load(plan, CPU)
+    assert plan.manifest["route"] == "plain"
+    assert plan.manifest["routes_failed"] == {"broken": "CompilationError: at 3:1"}
+
+
 def test_where_no_route_works_the_error_has_the_reason(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fused._ROUTES, "failing", _failing)
     backend = Fused(routes=("failing",))

@@ -26,6 +26,10 @@ def _given_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+class OutOfResources(Exception):
+    """Triton's, which is no RuntimeError."""
+
+
 def candidates(fails: str = "", wrong: str = "", ran: list[str] | None = None) -> dict[str, Callable[[], torch.Tensor]]:
     def make(name: str) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
@@ -50,6 +54,30 @@ def test_the_fastest_that_works_and_is_right_is_chosen_once() -> None:
     assert choose("fails", candidates(fails="cudnn")) == "triton"
     assert choose("wrong", candidates(wrong="cudnn")) == "triton"
     assert choice.failures() == {("cudnn", "no kernel of cudnn"): 1}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("error", [OutOfResources("shared memory"), ValueError("no such tile"), AssertionError()])
+def test_a_candidate_is_out_whatever_it_raises(error: Exception, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> torch.Tensor:
+        raise error
+
+    with taking(Notes({TEXT: "cudnn"} if known else None)):
+        assert choose(PROBLEM, {**candidates(), "cudnn": fails}) == "triton"
+    assert set(choice.failures()) == {("cudnn", str(error))}
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "is_compiling", lambda: True)
+        assert choose("another", {**candidates(), "triton": fails}) == "aten"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_candidate_that_has_no_memory_is_not_out(known: bool) -> None:
+    def exhausted() -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with taking(Notes({TEXT: "cudnn"} if known else None)), pytest.raises(torch.OutOfMemoryError):
+        choose(PROBLEM, {**candidates(), "cudnn": exhausted})
+    assert choose(PROBLEM, candidates()) == "cudnn", "another time there may be more"
 
 
 def test_while_a_graph_is_captured_nothing_is_chosen_or_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,6 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
         return times_ms[run.args[0].name]
 
     monkeypatch.setattr(cudnn_plans, "_plans", {})
-    monkeypatch.setattr(cudnn_plans, "_errors", lambda: (RuntimeError,))
     monkeypatch.setattr(cudnn_plans, "_graph", lambda problem: Graph())
     monkeypatch.setattr(cudnn_plans, "_plan_ms", plan_ms)
     monkeypatch.setattr(Graph, "built", [])
@@ -154,6 +153,43 @@ def test_a_plan_that_is_no_longer_there_is_searched_anew(
     assert found == ("fast" if fault == "name" else "middling")
     assert set(graph.built) == set(others[fault])
     assert [name for _, name in second.new().values()] == [found]
+
+
+class NotSupported(Exception):
+    """As the package's own errors: no RuntimeError."""
+
+
+@pytest.mark.parametrize("fails", ["build", "graph", "run"])
+def test_a_plan_that_fails_is_out_whatever_it_raises(
+    fails: str, graph: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(self: Graph, index: int) -> None:
+        if fails == "build" and self.names[index] == "fast":
+            raise NotSupported
+
+    def example(plan: Plan) -> torch.Tensor:
+        if fails == "run" and plan.name == "fast":
+            raise NotSupported
+        return torch.ones(1)
+
+    def no_graph(problem: Problem) -> Graph:
+        raise NotSupported
+
+    monkeypatch.setattr(Graph, "build_plan_at_index", build)
+    if fails == "graph":
+        monkeypatch.setattr(cudnn_plans, "_graph", no_graph)
+    plan = cudnn_plans.best_plan(PROBLEM, example, lambda: torch.ones(1))
+    assert (plan and plan.name) == (None if fails == "graph" else "middling")
+
+
+def test_the_best_plan_that_cannot_be_built_once_more_is_taken_from_the_search(
+    graph: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only(problem: Problem, index: int, name: str) -> Plan:
+        raise NotSupported
+
+    monkeypatch.setattr(cudnn_plans, "_only", only)
+    assert best(Notes()) == "fast"
 
 
 def test_without_memory_for_a_plan_nothing_is_searched(graph: type[Graph]) -> None:

@@ -4,6 +4,7 @@ Its weights are the store's own tensors: where one has another form than the mod
 biases), a rule says so, and a refresh writes it in place.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from torchaccel.backends.base import Engine, NativeBackend, NativeEngine, Plan
 from torchaccel.errors import BuildError
+from torchaccel.failures import contained
 from torchaccel.fused.notes import begun, note, recall
-from torchaccel.memory import is_out_of_memory
 from torchaccel.precision import Precision
 from torchaccel.probes import triton_problem
 from torchaccel.program import Program
@@ -114,12 +115,9 @@ def _known(routes: tuple[str, ...], program: Program, precision: Precision) -> t
     found = recall(("route", routes)) if len(routes) > 1 else None
     if found is None or found["route"] not in routes:
         return None
-    try:
+    with contained():
         return _first_run(found["route"], program, precision)[0], found
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return None
+    return None
 
 
 def _fastest(
@@ -130,14 +128,10 @@ def _fastest(
     times_ms: dict[str, float] = {}
     failures: dict[str, str] = {}
     for route in routes:
-        try:
+        with contained(functools.partial(_fail, failures, route)):
             engine, inputs = _first_run(route, program, precision)
             times_ms[route] = _time_ms(engine, inputs, device) if len(routes) > 1 else 0.0
             engines[route] = engine
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            failures[route] = f"{type(error).__name__}: {error}"
     if not engines:
         reasons = "; ".join(f"{route}: {reason}" for route, reason in failures.items())
         raise BuildError(f"the rewritten program could not be run ({reasons})")
@@ -145,16 +139,16 @@ def _fastest(
     return engines[chosen], {"route": chosen, "routes_ms": times_ms, "routes_failed": failures}
 
 
+def _fail(failures: dict[str, str], route: str, error: Exception) -> None:
+    failures[route] = f"{type(error).__name__}: {error}"
+
+
 def _compile_kernels(program: Program, precision: Precision) -> None:
     """Have Triton compile, many at once, all kernels that will be timed: by a run of the program on PyTorch's own."""
     from torchaccel.fused.ahead import compiling
 
-    try:
-        with compiling():
-            _first_run("plain", program, precision)
-    except RuntimeError as error:  # where the routes fail too, they say so
-        if is_out_of_memory(error):
-            raise
+    with contained(), compiling():  # where the routes fail too, they say so
+        _first_run("plain", program, precision)
 
 
 def _first_run(route: str, program: Program, precision: Precision) -> tuple[Engine, list[torch.Tensor]]:

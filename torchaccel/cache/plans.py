@@ -16,6 +16,7 @@ from torchaccel.cache.entries import Entry
 from torchaccel.cache.program_key import NoKeyError, program_key
 from torchaccel.cache.store import Cache
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning
+from torchaccel.failures import as_build_error
 from torchaccel.fused.notes import Notes
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import is_out_of_memory
@@ -110,7 +111,7 @@ def plan_for(
     precision = PRECISIONS[options.precision]
 
     def build() -> Plan:
-        with kernels.timings_kept(backend.tensorrt(), device, cache):
+        with as_build_error(backend.name, "built"), kernels.timings_kept(backend.tensorrt(), device, cache):
             return backend.build(program, precision, device, partial=options.partial)
 
     if cache is None or backend.native:

@@ -3,6 +3,7 @@
 Where the notes of an earlier process have the choice, nothing is timed.
 """
 
+import functools
 import threading
 import warnings
 from collections import Counter
@@ -12,6 +13,7 @@ from contextlib import suppress
 import torch
 
 from torchaccel.edges import complete
+from torchaccel.failures import contained
 from torchaccel.fused.ahead import is_compiling
 from torchaccel.fused.notes import note, recall
 
@@ -31,9 +33,9 @@ _lock = threading.Lock()
 def choose(problem: Hashable, candidates: Mapping[str, Run]) -> str:
     """The name of the fastest candidate; the first is the reference, which always works.
 
-    A candidate that raises, or is off from the reference, is out. While a graph is being captured nothing can be
-    timed: the reference serves then, for this once. So it does while kernels are compiled, and the candidates that are
-    Triton's, by their names, have theirs compiled.
+    A candidate that raises anything but want of memory, or is off from the reference, is out. While a graph is being
+    captured nothing can be timed: the reference serves then, for this once. So it does while kernels are compiled, and
+    the candidates that are Triton's, by their names, have theirs compiled.
     """
     first, *others = candidates
     if is_compiling():
@@ -54,7 +56,7 @@ def choose(problem: Hashable, candidates: Mapping[str, Run]) -> str:
 def _compile(candidates: Mapping[str, Run]) -> None:
     for name, run in candidates.items():
         if name.startswith("triton"):
-            with suppress(RuntimeError):  # it is raised once more, and counted, where the kernel is timed
+            with contained():  # it is raised once more, and counted, where the kernel is timed
                 run()
 
 
@@ -73,14 +75,11 @@ def _recalled(problem: Hashable, candidates: Mapping[str, Run]) -> str | None:
     name = recall(problem, _chosen)
     if name not in candidates:
         return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            candidates[name]()
-    except RuntimeError as error:
-        _fail(name, error)
-        return None
-    return str(name)
+    with contained(functools.partial(_fail, name)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        candidates[name]()
+        return str(name)
+    return None
 
 
 def _fastest(problem: Hashable, candidates: Mapping[str, Run]) -> str:
@@ -88,7 +87,7 @@ def _fastest(problem: Hashable, candidates: Mapping[str, Run]) -> str:
     return min(times, key=times.__getitem__)
 
 
-def _fail(name: str, error: RuntimeError) -> None:
+def _fail(name: str, error: Exception) -> None:
     _failures[name, str(error).partition("\n")[0]] += 1
 
 
@@ -98,13 +97,10 @@ def _race(candidates: Mapping[str, Run]) -> dict[str, float]:
     expected = run()
     times = {name: graph_ms(run, expected.device)}
     for name, run in others:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a kernel that cannot take the problem says why before it raises
-                if _agree(run(), expected):
-                    times[name] = graph_ms(run, expected.device)
-        except RuntimeError as error:
-            _fail(name, error)
+        with contained(functools.partial(_fail, name)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a kernel that cannot take the problem says why before it raises
+            if _agree(run(), expected):
+                times[name] = graph_ms(run, expected.device)
     return times
 
 

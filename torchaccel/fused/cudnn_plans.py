@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from torchaccel.failures import contained
 from torchaccel.fused.choice import graph_ms
 from torchaccel.fused.cudnn_graphs import ACTIVATIONS, BIAS, DTYPES, RESIDUAL, WEIGHT, Problem, X, Y, operations
 from torchaccel.fused.notes import note, recall
 from torchaccel.fused.tensors import aligned
-from torchaccel.memory import is_out_of_memory
 from torchaccel.probes import import_problem
 
 MAX_WORKSPACE_BYTES = 256 << 20
@@ -113,32 +113,26 @@ def _recalled(problem_: Problem, example: Callable[[Plan], torch.Tensor]) -> Pla
     known = recall(problem_, _plans)
     if known is None:
         return None
-    try:
+    with contained():
         plan = _only(problem_, *known)
         if plan is not None:
             example(plan)
-    except _errors() as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    return plan
+        return plan
+    return None
 
 
 def _search(problem_: Problem, example: Callable[[Plan], torch.Tensor], expected: torch.Tensor) -> Plan | None:
     best: tuple[float, int, str] | None = None
-    try:
+    graph = None
+    with contained():
         graph = _graph(problem_)
-    except _errors():
+    if graph is None:
         return None
     for plan in _built(problem_, graph):
-        try:
+        with contained():
             plan_ms = _plan_ms(functools.partial(example, plan), expected, best[0] if best else None)
-        except _errors() as error:
-            if is_out_of_memory(error):
-                raise
-            continue
-        if plan_ms is not None and (best is None or plan_ms < best[0]):
-            best = plan_ms, plan.index, plan.name
+            if plan_ms is not None and (best is None or plan_ms < best[0]):
+                best = plan_ms, plan.index, plan.name
     if best is None:
         return None
     return _alone(problem_, graph, best)
@@ -156,7 +150,10 @@ def _plan_ms(run: Callable[[], torch.Tensor], expected: torch.Tensor, best_ms: f
 def _alone(problem_: Problem, graph: Any, best: tuple[float, int, str]) -> Plan:
     """The best plan in a graph of its own, so that the others' kernels can be unloaded."""
     _, index, name = best
-    return _only(problem_, index, name) or Plan(problem_, graph, index)
+    plan = None
+    with contained():
+        plan = _only(problem_, index, name)
+    return plan or Plan(problem_, graph, index)
 
 
 def _only(problem_: Problem, index: int, name: str) -> Plan | None:
@@ -174,7 +171,8 @@ def _built(problem_: Problem, graph: Any) -> Iterator[Plan]:
     for index in range(graph.get_execution_plan_count()):
         if spent_s > ENOUGH_BUILDING_S:
             return
-        try:
+        plan = None
+        with contained():
             name = graph.get_plan_name_at_index(index)
             if name in seen:
                 continue
@@ -185,10 +183,9 @@ def _built(problem_: Problem, graph: Any) -> Iterator[Plan]:
             finally:
                 spent_s += time.perf_counter() - begun_s
             if graph.get_workspace_size_plan_at_index(index) <= MAX_WORKSPACE_BYTES:
-                yield Plan(problem_, graph, index)
-        except _errors() as error:
-            if is_out_of_memory(error):
-                raise
+                plan = Plan(problem_, graph, index)
+        if plan is not None:
+            yield plan
 
 
 def _graph(problem_: Problem) -> Any:
@@ -230,10 +227,3 @@ def _one_run_ms(run: Callable[[], object], device: torch.device) -> float:
 def _close(y: torch.Tensor, expected: torch.Tensor) -> bool:
     bound = 1e-2 if y.dtype is torch.float16 else 5e-2
     return bool((y.float() - expected.float()).norm() <= bound * expected.float().norm())
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """What the package raises: errors of its own, and what pybind makes of C++'s."""
-    import cudnn
-
-    return (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError)
