@@ -148,6 +148,25 @@ def test_a_mask_that_hides_nothing_is_dropped(name: str) -> None:
     check(program, module, x)
 
 
+def doubled(x: torch.Tensor, times: int = 60) -> torch.Tensor:
+    for _ in range(times):
+        x = x + x.relu()
+    return x
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_mask_at_the_end_of_many_ways_through_the_network_takes_no_longer(constant: bool) -> None:
+    def forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return attend(x, x, x, doubled(torch.zeros(5, 5) if constant else x[0, 0, :, :5]) > -1e30)
+
+    module, x = Lambda(forward).eval(), torch.randn(2, 3, 5, 8)
+    program = lowered(module, x)
+    (node,) = (node for node in program.exported.graph.nodes if "torchaccel.attention" in str(node.target))
+    assert (node.args[3] is None) == constant
+    check(program, module, x)
+
+
 def test_a_layer_that_serves_twice_is_not_merged() -> None:
     layer = nn.Linear(8, 8)
     module, x = Lambda(lambda m, x: attend(*separate(m, x)), q=layer, k=layer, v=nn.Linear(8, 8)).eval(), images()

@@ -118,23 +118,37 @@ def drop_full_masks(program: Program) -> int:
     graph = program.exported.graph
     if any(mutates(node) for node in graph.nodes):  # such as one that fills a part of a mask
         return 0
-    done = 0
-    for node in calls(graph, _ATTENTION):
-        mask = arguments(node)["attn_mask"]
-        constant = None if mask is None or value(mask).dtype != torch.bool else _constant(mask)
-        if constant is not None and bool(constant.all()):
-            node.update_arg(3, None)
-            done += 1
-    return done
+    given = [(node, arguments(node)["attn_mask"]) for node in calls(graph, _ATTENTION)]
+    masks = [(node, mask) for node, mask in given if mask is not None and value(mask).dtype == torch.bool]
+    constants = _constants(graph, [mask for _, mask in masks])
+    full = [node for node, mask in masks if mask in constants and bool(constants[mask].all())]
+    for node in full:
+        node.update_arg(3, None)
+    return len(full)
 
 
-def _constant(node: fx.Node) -> torch.Tensor | None:
-    """The value of a node that depends on no input and no weight, computed on the CPU; None for any other."""
+def _constants(graph: fx.Graph, wanted: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    """The values, computed on the CPU, of these nodes and what they are made of, but for what inputs or weights are in.
+
+    Each node is looked at once: that of a mask may be all of a network.
+    """
+    needed, found = set(wanted), dict[fx.Node, torch.Tensor]()
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    for node in graph.nodes:
+        if node in needed and all(source in found for source in node.all_input_nodes):
+            computed = _computed(node, found)
+            if computed is not None:
+                found[node] = computed
+    return found
+
+
+def _computed(node: fx.Node, given: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    """The value of an operator for given ones; None where it gives no tensor, or not always the same."""
     target: Any = node.target
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-        return None
-    given = {source: _constant(source) for source in node.all_input_nodes}
-    if any(tensor is None for tensor in given.values()) or not is_tensor(node):
+    is_random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    if node.op != "call_function" or is_random or not is_tensor(node):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
     kwargs = {key: torch.device("cpu") if key == "device" else argument for key, argument in kwargs.items()}
