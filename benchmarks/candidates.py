@@ -126,7 +126,7 @@ def refusal(backend: str, precision: str, device: torch.device) -> tuple[str, st
 
 
 def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tensor, *others: Tensor) -> Candidate:
-    """What `compiled` gives, on `inputs`, its engine built and checked; an error of torchaccel becomes its reason.
+    """What `compiled` gives, on `inputs`, its engine built and checked; an error becomes its reason.
 
     `others` are the same inputs in other layouts, which need no other engine: the row is of the quickest.
     """
@@ -134,11 +134,20 @@ def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tens
     candidate.input_dtype = str(inputs.dtype).removeprefix("torch.")
     try:
         with noting(candidate.notes):
-            model = compiled()
-            runner = model.runner_for(inputs)
-    except torchaccel.TorchAccelError as error:
-        candidate.reason = str(error)
+            _make_ready(candidate, compiled, inputs, *others)
+    # A fault of ours is no reason to leave the rivals out.
+    except Exception as error:  # noqa: BLE001
+        candidate.reason = str(error) if isinstance(error, torchaccel.TorchAccelError) else named(error)
+    else:
         return candidate
+    release(inputs.device)  # only here is the error gone, and with it what its frames hold
+    return candidate
+
+
+def _make_ready(candidate: Candidate, compiled: Callable[[], Any], inputs: Tensor, *others: Tensor) -> None:
+    """Build the engine, and let the candidate have what the row says of it; what is to be called comes last."""
+    model = compiled()
+    runner = model.runner_for(inputs)
     report = model.report().to_dict()
     candidate.graph, candidate.build_ms = report["graph"], report["build_ms"]
     candidate.library = report["engines"][-1]["library"]
@@ -153,7 +162,6 @@ def ours(compiled: Callable[[], Any], backend: str, precision: str, inputs: Tens
     candidate.call, candidate.layout = (lambda: model(inputs)), layout_of(inputs)
     if candidate.graph is True:
         candidate.replay = runner.replay
-    return candidate
 
 
 def layout_of(inputs: Tensor) -> str:

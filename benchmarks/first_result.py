@@ -46,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--runs", type=count, default=3, help="later processes for each backend (3)")
     add("--json", type=Path, metavar="PATH", help="where the result file goes")
     given = parser.parse_args(arguments)
+    path = given.json or results_file.default_path(NAME)
+    try:
+        results_file.require_writable(path)
+    except ValueError as error:
+        parser.error(str(error))
     on_gpu = torch.cuda.is_available()
     console, state = Console(), gpu_state if on_gpu else dict[str, Any]
     if not on_gpu:
@@ -60,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         NAME, rows, settings=settings, gpu={"before": before, "after": state()}, warnings=[]
     )
     console.print(table(rows))
-    path = given.json or results_file.default_path(NAME)
     results_file.write(path, content)
     console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
     return int(any(line["reason"] for line in rows))

@@ -12,6 +12,8 @@ from torch import nn
 from benchmarks.functional import FunctionalResNet, FunctionalViT
 
 SEED = 0
+PRECISIONS = ("fp16", "bf16")  # that the suite measures them at
+BATCHES = (1, 8, 32, 128)
 VOCABULARY, TOKENS = 30522, 128  # BERT's own vocabulary, and a usual length
 
 
@@ -23,7 +25,6 @@ class Model:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] = (3, 224, 224)
     vocabulary: int | None = None
-    convolutional: bool = False
 
     def module(self) -> nn.Module:
         """The same one every time, in FP32 on the CPU, in eval mode."""
@@ -76,8 +77,7 @@ CONVOLUTIONAL = ("resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0"
 MODELS = {
     model.name: model
     for model in (
-        *(Model(name, _torchvision(name), convolutional=True) for name in CONVOLUTIONAL),
-        *(Model(name, _torchvision(name)) for name in ("swin_t", "vit_b_16")),
+        *(Model(name, _torchvision(name)) for name in (*CONVOLUTIONAL, "swin_t", "vit_b_16")),
         Model("bert_base", _bert, (TOKENS,), VOCABULARY),
     )
 }
@@ -95,10 +95,7 @@ def _vit_twin() -> nn.Module:
 TWINS = {
     model.name: model
     for model in (
-        *(
-            Model(f"{name}_functional", partial(_resnet_twin, name), convolutional=True)
-            for name in ("resnet18", "resnet50")
-        ),
+        *(Model(f"{name}_functional", partial(_resnet_twin, name)) for name in ("resnet18", "resnet50")),
         Model("vit_b_16_functional", _vit_twin),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ def build(  # noqa: PLR0917
         return candidate
     tried: list[str] = []
     started, best = time.perf_counter(), float("inf")
-    for variant, make in _fitting(_variants(peer, inputs.device, modes), inputs):
+    for variant, make in _variants(peer, inputs, modes):
         layout = torch.channels_last if "channels-last" in variant else torch.contiguous_format
         ready = partial(prepared, module, precision, inputs, layout)
         try:
@@ -143,20 +143,18 @@ def _dtype(inputs: Tensor, precision: str) -> torch.dtype:
     return PRECISIONS[precision].dtype if inputs.is_floating_point() else inputs.dtype
 
 
-def _fitting(variants: Iterable[tuple[str, Any]], inputs: Tensor) -> list[tuple[str, Any]]:
-    """The variants that differ on these inputs: only inputs have layouts."""
-    if inputs.dim() == 4:
-        return list(variants)
-    return [(name.removesuffix(", channels-last"), make) for name, make in variants if name != "channels-last"]
+def _variants(peer: str, inputs: Tensor, modes: Sequence[str]) -> Iterator[tuple[str, Callable[..., Run]]]:
+    """The variants that differ on these inputs: only images have layouts.
 
-
-def _variants(peer: str, device: torch.device, modes: Sequence[str]) -> Iterator[tuple[str, Callable[..., Run]]]:
-    layouts = ("channels-last", "contiguous")
+    Torch-TensorRT's and TensorRT's engines take contiguous inputs, and copy any others.
+    """
+    layouts = ("channels-last", "contiguous") if inputs.dim() == 4 else ("contiguous",)
     if peer in ("eager", "graph"):
         yield from ((layout, _eager if peer == "eager" else _graph) for layout in layouts)
     elif peer == "compile":
-        for mode in modes if device.type == "cuda" else ("default",):
-            yield f"{mode}, frozen, channels-last", partial(_compiled, mode)
+        first, *others = modes if inputs.is_cuda else ("default",)
+        yield from ((f"{first}, frozen, {layout}", partial(_compiled, first)) for layout in layouts)
+        yield from ((f"{mode}, frozen, {layouts[0]}", partial(_compiled, mode)) for mode in others)
     elif peer == "torch_tensorrt":
         yield "its own CUDA graphs", _torch_tensorrt
     else:

@@ -1,8 +1,9 @@
 """A backend of torchaccel beside the best rival, over models, precisions and batches: `python -m benchmarks.suite`.
 
 Every cell (a model, a precision, a batch) is written to the result file, under benchmarks/results/<gpu>/, as soon as
-it is measured; one that the file has, of the same code, GPU and versions, is not measured again. Cells of other code
-stay, each with its commit, until every cell is there, and are then measured anew. Several processes, each on its own
+it is measured; one that the file has, of the same code, GPU and versions, is not measured again. A cell that failed is
+left, and the next run tries it once more. Cells of other code stay, each with its commit, until every cell is there,
+and are then measured anew. Several processes, each on its own
 GPU, may fill one file: `--gpus` starts them. Without a GPU a small part of it measures the CPU, and says so.
 """
 
@@ -24,7 +25,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import peers
+from benchmarks import peers, results_file
 from benchmarks.candidates import Candidate, named, row
 from benchmarks.models import named_model
 from benchmarks.processes import on_each_gpu
@@ -40,13 +41,14 @@ WIDTH = 160  # of the table, in characters, where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the file lacks, print its table; returns 1 where a GPU was lost on the way, or taken."""
+    """Measure what the file lacks, print its table; returns 1 where a cell failed, or a GPU was lost or taken."""
     started = time.monotonic()
     command_line = parser((__doc__ or "").partition("\n")[0])
     given = command_line.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         complete(given, device)
+        results_file.require_writable(given.json)
         file = SuiteFile(given.json, given.backend)
     except ValueError as error:
         command_line.error(str(error))
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if file.foreign:
         _say(f"{file.path} is of another backend, device or versions: {file.foreign}.")
         _say("The first cell moves it aside.")
-    known = file.records if given.again else []
+    known = file.records if given.again else file.failed()
     work = (given, started, known)
     codes = on_each_gpu(given.gpus, _fill_and_exit, *work) if given.gpus > 1 else [_fill(*work)]
     for code in codes:
@@ -68,9 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in file.conclusion():
             _say(line)
         _say(f"Written: {file.path}")
-    left = sum(not file.has(cell, given.peers, but=known) for cell in wanted(given, device))
-    _say(f"Cells left: {left}." + (" Run the same command again to go on." if left else ""))
-    return int(any(codes))
+    left = [cell for cell in wanted(given, device) if not file.has(cell, given.peers, but=known)]
+    failed = [cell for cell in left if file.tried(cell)]
+    said = f", of which failed: {'; '.join(map(str, failed))}" if failed else ""
+    _say(f"Cells left: {len(left)}{said}." + (" Run the same command again to go on." if left else ""))
+    return int(any(codes) or bool(failed))
 
 
 def _fill_and_exit(given: argparse.Namespace, started: float, known: list[Any]) -> None:
@@ -98,7 +102,9 @@ def _fill(given: argparse.Namespace, started: float, known: list[Any]) -> int:
         done: set[Cell] = set()
         for of_this_code, cell in product((False, True), wanted(given, device)):
             with file.claim(cell) as free:
-                if not free or cell in done or file.has(cell, given.peers, known, of_this_code):
+                if not free or cell in done or file.tried(cell, known):
+                    continue
+                if file.has(cell, given.peers, known, of_this_code):
                     continue
                 if _spent(started, given.limit_s):
                     return 0
@@ -161,7 +167,6 @@ def _measure(
         vocabulary=model.vocabulary,
         alike=True,
     )
-    shared = {"convolutional": model.convolutional}
     try:
         done = carry_out(plan, _module(cell.model, device), Console(stderr=True))
     # Out of memory, a library that is missing, a bug of a rival or of ours: the run goes on, and the row says it.
@@ -169,9 +174,9 @@ def _measure(
         failed = Candidate(
             "torchaccel", given.backend, cell.precision, cell.batch, reason=f"the cell failed: {named(error)}"
         )
-        return [row(failed, None, model=cell.model, **shared)], {"wall_s": time.monotonic() - started}
+        return [row(failed, None, model=cell.model)], {"failed": True, "wall_s": time.monotonic() - started}
     record = {"settings": settings_of(plan, done.timed), "gpu": done.gpu, "warnings": done.warnings}
-    return [line | shared for line in done.rows], record | {"wall_s": time.monotonic() - started}
+    return done.rows, record | {"wall_s": time.monotonic() - started}
 
 
 @lru_cache(maxsize=1)

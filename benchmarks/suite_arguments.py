@@ -13,11 +13,10 @@ import torch
 
 from benchmarks import models, peers, results_file
 from benchmarks.arguments import choices, count, listed
+from benchmarks.models import BATCHES, PRECISIONS
 from benchmarks.suite_file import Cell
 from torchaccel.compiler import BACKENDS
 
-PRECISIONS = ("fp16", "bf16")
-BATCHES = (1, 8, 32, 128)
 AUTOTUNED = (1, 32)  # the batches at which torch.compile's max-autotune runs unless told otherwise: it takes minutes
 # Of a machine without a GPU. Many cores take seconds for one image of full size in BF16, and a race hundreds of calls.
 SMALL_PART = {"model": ("resnet18",), "precision": ("bf16",), "batch": (1,)}

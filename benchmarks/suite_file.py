@@ -66,11 +66,19 @@ class SuiteFile:
     def has(
         self, cell: Cell, peers: Collection[str] = (), but: Collection[Any] = (), of_this_code: bool = True
     ) -> bool:
-        """Whether a cell was measured, beside at least these peers, and is none of the records `but`."""
-        records = [record for record in self.records if cell.has(record) and record not in but]
+        """Whether a cell was measured, did not fail, had at least these peers beside it, and is no record of `but`."""
+        records = [one for one in self.records if cell.has(one) and one not in but and not _failed(one)]
         if of_this_code:
             records = [record for record in records if record["tree"] == self._origin["tree"]]
         return any(set(peers) <= set(record.get("peers", ())) for record in records)
+
+    def failed(self) -> list[dict[str, Any]]:
+        """The records of the cells that failed."""
+        return [record for record in self.records if _failed(record)]
+
+    def tried(self, cell: Cell, but: Collection[Any] = ()) -> bool:
+        """Whether a cell was begun and failed, and is none of the records `but`."""
+        return any(cell.has(record) for record in self.failed() if record not in but)
 
     def conclusion(self) -> list[str]:
         """What the figures say, and of which code they are."""
@@ -138,6 +146,10 @@ def identity(content: dict[str, Any]) -> dict[str, Any]:
     device = gpus[0] if gpus else environment["cpu"]
     backend = content.get("backend", "fastest")
     return {"backend": backend, "device": device, **versions, **content["libraries"]}
+
+
+def _failed(record: dict[str, Any]) -> bool:
+    return bool(record.get("failed"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

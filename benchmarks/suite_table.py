@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import models
 from benchmarks.table import number
 from torchaccel.precision import PRECISIONS
 
@@ -43,7 +45,11 @@ def summaries(rows: list[Row]) -> list[Summary]:
     cells: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["model"], row["precision"], row["batch"]), []).append(row)
-    return [_summary(f"{model} {precision} batch {batch}", own) for (model, precision, batch), own in cells.items()]
+    return [_summary(_name(*cell), own) for cell, own in cells.items()]
+
+
+def _name(model: str, precision: str, batch: int) -> str:
+    return f"{model} {precision} batch {batch}"
 
 
 def _summary(name: str, rows: list[Row]) -> Summary:
@@ -80,7 +86,7 @@ def _rivals(rows: list[Row]) -> Iterator[str]:
     """Who was to be measured beside it, and where not all of them were."""
     beside: dict[str, set[str]] = {}
     for row in rows:
-        cell = beside.setdefault(f"{row['model']} {row['precision']} batch {row['batch']}", set())
+        cell = beside.setdefault(_name(row["model"], row["precision"], row["batch"]), set())
         if row["route"] == "peer":
             cell.add(row["backend"])
     every = dict.fromkeys(row["backend"] for row in rows if row["route"] == "peer")
@@ -111,13 +117,15 @@ def _conclusion(cells: list[Summary], name: str) -> Iterator[str]:
 
 
 def _means(compared: list[tuple[Summary, dict[str, Any]]], name: str) -> Iterator[str]:
-    convolutional = [(cell, ratio) for cell, ratio in compared if cell.own and cell.own["convolutional"]]
-    if not convolutional:
-        yield "No convolutional model was compared: there is no geometric mean."
+    """The geometric mean over the suite's convolutional models, and over how many of their cells it is."""
+    every = {_name(*cell) for cell in product(models.CONVOLUTIONAL, models.PRECISIONS, models.BATCHES)}
+    ratios = [ratio["value"] for cell, ratio in compared if cell.name in every]
+    names = ", ".join(models.CONVOLUTIONAL)
+    if not ratios:
+        yield f"No cell of {names} was compared: there is no geometric mean."
         return
-    models = ", ".join(dict.fromkeys(cell.own["model"] for cell, _ in convolutional if cell.own))
-    mean = geometric_mean(ratio["value"] for _, ratio in convolutional)
-    yield f"Best rival over {name}, geometric mean over {len(convolutional)} cells of {models}: {mean:.3f}."
+    count = f"{len(ratios)} cells" if len(ratios) == len(every) else f"no more than {len(ratios)} of {len(every)} cells"
+    yield f"Best rival over {name}, geometric mean over {count} of {names}: {geometric_mean(ratios):.3f}."
 
 
 def _at_most(ratio: dict[str, Any]) -> float:
@@ -177,4 +185,4 @@ def _ratio(ratio: dict[str, Any]) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"{row['model']} {row['precision']} batch {row['batch']}, {row['backend']}"
+    return f"{_name(row['model'], row['precision'], row['batch'])}, {row['backend']}"

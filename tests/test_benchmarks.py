@@ -9,6 +9,7 @@ import sys
 import time
 from http.client import IncompleteRead
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -475,11 +476,11 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch):
         return lambda: module(images), None
 
     module, images = torch.nn.Conv2d(3, 2, 1).eval(), torch.randn(1, 3, 8, 8)
-    monkeypatch.setattr(peers, "_variants", lambda peer, device, modes: [("one", fails)])
+    monkeypatch.setattr(peers, "_variants", lambda peer, inputs, modes: [("one", fails)])
     failed = peers.build("eager", module, "fp32", images, None)
     assert failed.call is None
     assert failed.reason == "one: RuntimeError: out of patience"
-    monkeypatch.setattr(peers, "_variants", lambda peer, device, modes: [("one", fails), ("two, channels-last", works)])
+    monkeypatch.setattr(peers, "_variants", lambda peer, inputs, modes: [("one", fails), ("two, channels-last", works)])
     with torch.no_grad():
         half = peers.build("eager", module, "bf16", images, None)
         assert half.call().dtype is torch.bfloat16
@@ -491,12 +492,29 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch):
     assert "TF32" in refused_row.reason
 
 
+def test_rivals_have_both_layouts_where_there_are_images_and_slow_modes_the_usual_one():
+    def names(peer, *shape):
+        inputs = SimpleNamespace(dim=lambda: len(shape), is_cuda=True)
+        return [name for name, _ in peers._variants(peer, inputs, peers.COMPILE_MODES)]
+
+    both = ["channels-last", "contiguous"]
+    assert names("eager", 2, 3, 8, 8) == names("graph", 2, 3, 8, 8) == both
+    assert names("eager", 2, 8) == ["contiguous"]
+    assert names("compile", 2, 3, 8, 8) == [
+        "reduce-overhead, frozen, channels-last",
+        "reduce-overhead, frozen, contiguous",
+        "max-autotune, frozen, channels-last",
+    ]
+    assert names("compile", 2, 8) == ["reduce-overhead, frozen, contiguous", "max-autotune, frozen, contiguous"]
+    assert names("torch_tensorrt", 2, 3, 8, 8) == ["its own CUDA graphs"]
+
+
 def test_the_fastest_variant_of_a_peer_is_the_one_that_stays(monkeypatch):
     def takes(seconds):
         return lambda module, images, stay: (lambda: time.sleep(seconds) or images, None)
 
     variants = [("slow", takes(0.05)), ("quick", takes(0.001)), ("slower", takes(0.1))]
-    monkeypatch.setattr(peers, "_variants", lambda peer, device, modes: variants)
+    monkeypatch.setattr(peers, "_variants", lambda peer, inputs, modes: variants)
     built = peers.build("eager", torch.nn.Conv2d(3, 2, 1).eval(), "fp32", torch.randn(1, 3, 8, 8), None)
     assert built.variant == "quick"
     assert all(name in built.notes[0] for name in ("slow: ", "quick: ", "slower: "))

@@ -136,6 +136,30 @@ def test_a_row_is_of_the_layout_that_is_quickest_and_has_a_replay_where_there_is
     assert ours(made_model(graph), "auto", "fp32", x).layout == "contiguous"
 
 
+@pytest.mark.parametrize("where", ["compile", "build", "call"])
+def test_a_fault_of_ours_is_the_reason_of_our_row(where):
+    class OutOfResources(Exception):
+        """Triton's, which is no RuntimeError."""
+
+    def reach(step):
+        if step == where:
+            raise OutOfResources("shared memory\nand more")
+
+    class Model(made_model(True)):
+        def __init__(self):
+            reach("compile")
+
+        def __call__(self, x):
+            reach("call")
+
+        def runner_for(self, x):
+            reach("build")
+
+    x = torch.randn(2, 3, 4, 4)
+    found = ours(Model, "auto", "fp32", x, x.to(memory_format=torch.channels_last))
+    assert (found.reason, found.call, found.replay) == ("OutOfResources: shared memory", None, None)
+
+
 def test_what_fails_or_is_not_finite_is_not_measured():
     def fail():
         raise ValueError("no more\nof it")

@@ -27,6 +27,15 @@ def test_a_first_process_and_later_ones_have_a_row_each(tmp_path: Path, capsys: 
     assert str(path) in printed
 
 
+def test_a_folder_that_cannot_be_written_in_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        first_result.main(["--backend", "eager", "--json", str(tmp_path / "file" / "first.json")])
+    assert "name another file with --json" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.skipif(ABSENT is None, reason="every backend is there")
 def test_a_backend_that_is_not_there_is_a_row_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "first.json"

@@ -2,6 +2,7 @@
 
 import doctest
 import io
+import itertools
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from torchaccel import compiler
 from torchaccel.backends.eager import Eager
 
 ROOT = Path(__file__).resolve().parents[1]
+CONVOLUTIONAL = "resnet18, resnet50, mobilenet_v3_large, efficientnet_b0, convnext_tiny"
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this is the run of a machine without a GPU")
 
 # Runs the suite on one tiny model, and is killed as the second cell begins.
@@ -54,7 +56,7 @@ def convolution():
 
 def shrink(put):
     """One tiny model, and nobody who has to compile."""
-    put(models, "MODELS", {"tiny": Model("tiny", convolution, convolutional=True)})
+    put(models, "MODELS", {"tiny": Model("tiny", convolution)})
     put(compiler, "FIELD", (Eager(),))
     put(peers, "ON_A_CPU", ("eager",))
 
@@ -112,20 +114,19 @@ def row(model, precision, batch, ms, *, route="peer", backend="eager", **others)
     timed = ms is not None
     found = dict.fromkeys(results_file.FIGURES, None)
     found |= {"model": model, "route": route, "backend": backend, "precision": precision, "batch": batch}
-    found |= {"input_dtype": "float16", "layout": "contiguous", "graph": False, "convolutional": True}
+    found |= {"input_dtype": "float16", "layout": "contiguous", "graph": False}
     found |= {"reason": None if timed else "no", "variant": None, "median_ms": ms, "replay_median_ms": None}
     if timed:
         found |= {"samples": 100, "cv": 0.0, "relative_error": 1e-3}
     return found | others
 
 
-def made_up(model, precision, batch, *, own, convolutional=True, winner="inductor", error=1e-3, **rivals):
-    shared = {"convolutional": convolutional}
-    rows = [row(model, precision, batch, own, route="torchaccel", backend="fastest", variant=winner, **shared)]
+def made_up(model, precision, batch, *, own, winner="inductor", error=1e-3, **rivals):
+    rows = [row(model, precision, batch, own, route="torchaccel", backend="fastest", variant=winner)]
     for name, ms in rivals.items():
         ratio = {"value": ms / own, "low": 0.98 * ms / own, "high": 1.02 * ms / own} if ms and own else None
         wrong = error if name == "wrong" else 1e-3
-        rows.append(row(model, precision, batch, ms, backend=name, versus=ratio, **shared))
+        rows.append(row(model, precision, batch, ms, backend=name, versus=ratio))
         if ms is not None:
             rows[-1]["relative_error"] = wrong
     return rows
@@ -459,13 +460,69 @@ def test_a_cell_that_fails_is_a_row_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "MODELS", {"tiny": Model("tiny", make)})
     suite._module.cache_clear()
     path = tmp_path / "suite.json"
-    assert ran(path, "--batch", "1,2", "--precision", "fp16") == 0
+    assert ran(path, "--batch", "1,2", "--precision", "fp16") == 1
     content = json.loads(path.read_text())
     assert results_file.problems(content) == []
     assert [one["reason"] for one in content["rows"]] == [
         "the cell failed: OutOfMemoryError: CUDA out of memory. Tried"
     ] * 2
     assert "No cell has figures" in content["conclusion"][0]
+    assert [cell["failed"] for cell in content["cells"]] == [True, True]
+
+
+@pytest.fixture
+def moody(tiny, monkeypatch):
+    """The suite of `tiny`, in which the cells of these batches fail."""
+    failing, measure = {2}, suite._measure
+
+    def measured(cell, device, given):
+        rows, record = measure(cell, device, given)
+        if cell.batch in failing:
+            rows = [row(cell.model, cell.precision, cell.batch, None, route="torchaccel", reason="the cell failed: no")]
+        return rows, record | {"failed": cell.batch in failing, "wall_s": float(len(tiny))}
+
+    monkeypatch.setattr(suite, "_measure", measured)
+    return failing
+
+
+def test_a_cell_that_failed_is_left_and_the_next_run_tries_it_once_more(moody, tiny, tmp_path, capsys):
+    path, cells = tmp_path / "suite.json", ("--batch", "1,2,4", "--precision", "fp16")
+    assert ran(path, *cells) == 1
+    assert [cell.batch for cell in tiny] == [1, 2, 4]
+    said = "Cells left: 1, of which failed: tiny, fp16, batch 2. Run the same command again to go on."
+    assert said in capsys.readouterr().out
+    assert ran(path, *cells) == 1
+    assert [cell.batch for cell in tiny] == [1, 2, 4, 2]
+    assert ran(path, *cells, "--limit-s", "0") == 1  # it was not tried again, and is as it was
+    assert said in capsys.readouterr().out
+    moody.clear()
+    assert ran(path, *cells) == 0
+    assert [cell.batch for cell in tiny] == [1, 2, 4, 2, 2]
+    assert "Cells left: 0." in capsys.readouterr().out
+
+
+def test_a_cell_that_another_process_has_just_failed_at_is_not_tried_in_this_run(moody, tiny, tmp_path, monkeypatch):
+    path, wanted = tmp_path / "suite.json", suite.wanted
+
+    def failed_meanwhile(given, device):
+        rows = [row("tiny", "fp16", 1, None, route="torchaccel", reason="the cell failed: no")]
+        suite_file.SuiteFile(path).add(Cell("tiny", "fp16", 1), rows, {"peers": given.peers, "failed": True})
+        return wanted(given, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "wanted", failed_meanwhile)
+        assert ran(path, "--batch", "1", "--precision", "fp16") == 1
+    assert tiny == []
+    assert ran(path, "--batch", "1", "--precision", "fp16") == 0
+    assert [cell.batch for cell in tiny] == [1]
+
+
+def test_a_folder_that_cannot_be_written_in_is_refused_before_anything_is_measured(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        ran(tmp_path / "file" / "suite.json")
+    assert (caught.value.code, tiny) == (2, [])
+    assert "name another file with --json" in " ".join(capsys.readouterr().err.split())
 
 
 def test_max_autotune_is_for_two_batches_unless_told_otherwise(monkeypatch):
@@ -563,20 +620,31 @@ def test_the_best_rival_is_the_quickest_that_is_right():
 
 def test_the_conclusion_is_computed_from_the_rows():
     rows = [
-        *made_up("a", "fp16", 1, own=1.0, eager=2.0, graph=8.0),
-        *made_up("a", "fp16", 8, own=1.0, eager=0.5),
-        *made_up("b", "fp16", 1, own=1.0, eager=4.0, winner="eager"),
-        *made_up("c", "fp16", 1, own=1.0, eager=0.99, convolutional=False),  # within noise
+        *made_up("resnet18", "fp16", 1, own=1.0, eager=2.0, graph=8.0),
+        *made_up("resnet18", "fp16", 8, own=1.0, eager=0.5),
+        *made_up("resnet50", "fp16", 1, own=1.0, eager=4.0, winner="eager"),
+        *made_up("swin_t", "fp16", 1, own=1.0, eager=0.99),  # within noise
         *made_up("d", "fp16", 1, own=None, eager=9.0),
     ]
     assert conclusion(rows) == [
         "fastest is not slower than the best rival, beyond noise, in 3 of 4 cells compared.",
-        "It is slower in: a fp16 batch 8.",
+        "It is slower in: resnet18 fp16 batch 8.",
         "Not compared, for want of a figure: d fp16 batch 1.",
-        "Best rival over fastest, geometric mean over 3 cells of a, b: 1.587.",  # (2 * 0.5 * 4) ** (1/3)
+        f"Best rival over fastest, geometric mean over no more than 3 of 40 cells of {CONVOLUTIONAL}: 1.587.",  # ∛4
         "Races won: inductor 3, eager 1.",
-        "Rivals: eager, graph; not all of them in: a fp16 batch 8; b fp16 batch 1; c fp16 batch 1; d fp16 batch 1.",
+        "Rivals: eager, graph; not all of them in: "
+        "resnet18 fp16 batch 8; resnet50 fp16 batch 1; swin_t fp16 batch 1; d fp16 batch 1.",
     ]
+
+
+def test_the_mean_is_over_the_convolutional_models_at_the_suite_s_own_batches_and_over_nothing_else():
+    others = made_up("resnet18_functional", "fp16", 1, own=1.0, eager=9.0)
+    others += made_up("resnet18", "fp16", 3, own=1.0, eager=9.0) + made_up("bert_base", "fp16", 1, own=1.0, eager=9.0)
+    cells = itertools.product(models.CONVOLUTIONAL, models.PRECISIONS, models.BATCHES)
+    every = [line for cell in cells for line in made_up(*cell, own=1.0, eager=2.0)]
+    said = f"Best rival over fastest, geometric mean over 40 cells of {CONVOLUTIONAL}: 2.000."
+    assert said in conclusion([*every, *others])
+    assert f"No cell of {CONVOLUTIONAL} was compared: there is no geometric mean." in conclusion(others)
 
 
 def test_a_named_backend_has_its_name_and_its_replays_in_what_is_said():
@@ -584,7 +652,7 @@ def test_a_named_backend_has_its_name_and_its_replays_in_what_is_said():
     rows[0] |= {"backend": "fused", "replay_median_ms": 0.1234}
     assert conclusion(rows) == [
         "fused is not slower than the best rival, beyond noise, in 1 of 1 cells compared.",
-        "Best rival over fused, geometric mean over 1 cells of a: 2.000.",
+        f"No cell of {CONVOLUTIONAL} was compared: there is no geometric mean.",
         "Median of a replay of fused's graph, ms: a fp16 batch 1 0.123.",
         "Rivals: eager.",
     ]
