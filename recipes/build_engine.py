@@ -62,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 **described(tensorrt, gpu),
             )
             manifest.write_text(record.to_json(), encoding="utf-8")
-            # Whatever ends this between the two: an engine beside another's manifest is known by its SHA-256.
-            os.replace(built, engine)
-            os.replace(manifest, path_of(engine))
+            put_in_place(built, manifest, engine)
     except TorchAccelError as error:
         sys.exit(f"no engine was built: {error}")
     except OSError as error:
@@ -85,6 +83,23 @@ def usable_tensorrt(precision: str) -> tuple[trt.TensorRT, int | None]:
     if reason:
         sys.exit(f"{precision} cannot be had here: {reason}")
     return tensorrt, None if device is None or tensorrt.is_rtx else device.index
+
+
+def put_in_place(built: Path, manifest: Path, engine: Path) -> None:
+    """Both files, or neither: the manifest comes first, since the one of before can be kept meanwhile."""
+    place = path_of(engine)
+    before = place.read_bytes() if place.is_file() else None
+    # Should a kill come between the two: an engine beside another's manifest is known by its SHA-256.
+    os.replace(manifest, place)
+    try:
+        os.replace(built, engine)
+    except BaseException:
+        if before is None:
+            place.unlink()
+        else:
+            manifest.write_bytes(before)
+            os.replace(manifest, place)
+        raise
 
 
 # --- the engine ---

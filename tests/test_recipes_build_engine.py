@@ -293,12 +293,28 @@ def test_a_full_disk_leaves_what_was_there(model, prefix):
     assert {path: digest(path) for path in prefix.parent.iterdir()} == before
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("ending", [".trt", ".json"])
+def test_a_file_that_cannot_be_put_in_its_place_leaves_what_was_there(tmp_path, model, prefix, ending, earlier):
+    if earlier:
+        build(model, prefix, "tf32")
+    taken = prefix.with_name(f"small.v2_tf32{ending}")
+    taken.unlink(missing_ok=True)
+    taken.mkdir(parents=True)  # nothing takes the place of a folder
+    before = {path: digest(path) for path in prefix.parent.iterdir() if path.is_file()}
+    message = refusal(scaled(tmp_path / "other.onnx", scale=(7, 8, 9)), prefix, "tf32")
+    assert message.startswith(f"could not write {prefix}_tf32.trt: ")
+    assert {path: digest(path) for path in prefix.parent.iterdir() if path.is_file()} == before
+    assert len(before) == int(earlier)
+
+
 def test_ended_between_its_two_files_it_leaves_no_pair_that_passes(monkeypatch, tmp_path, model, prefix):
     build(model, prefix, "tf32")
-    replace = os.replace
+    replace, kills = os.replace, []
 
     def ended(source, target):
-        if Path(target).suffix == ".json":
+        kills.extend([True] if Path(target).suffix == ".trt" else [])
+        if kills:  # nothing is undone after a kill
             raise KeyboardInterrupt
         replace(source, target)
 
