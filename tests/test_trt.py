@@ -23,9 +23,9 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str | None]]
     """What stands in the way of each TensorRT, to be set by the test."""
     found: dict[str, str | None] = {"tensorrt": "it is not installed", "tensorrt_rtx": "it needs driver 580"}
     monkeypatch.setattr(trt, "import_problem", found.__getitem__)
-    trt.load.cache_clear()
+    trt._loaded.cache_clear()
     yield found
-    trt.load.cache_clear()
+    trt._loaded.cache_clear()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_tensorrt_proper_comes_before_tensorrt_rtx(problems: dict[str, str | Non
     assert trt.unavailable("tensorrt") == "TensorRT: it is not installed"
     assert trt.load().flavour == "tensorrt_rtx"
     assert trt.load().is_rtx
-    trt.load.cache_clear()
+    assert trt.load() is trt.load("tensorrt_rtx")
     problems.update(tensorrt=None)
     assert trt.load().flavour == "tensorrt"
     assert not trt.load().is_rtx

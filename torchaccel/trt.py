@@ -135,15 +135,20 @@ def unavailable(flavour: str | None = None) -> str | None:
     return "; ".join(f"{FLAVOURS[name]}: {problem}" for name, problem in problems.items())
 
 
-@cache
 def load(flavour: str | None = None) -> TensorRT:
-    """The TensorRT of that name, or, for None, the one that the ONNX route takes; raises `BackendError`."""
+    """The TensorRT of that name, or, for None, the one that the ONNX route takes; raises `BackendError`.
+
+    There is one object for each, which has what was timed and specialised with it.
+    """
     problem = unavailable(flavour)
     if problem:
         raise BackendError(f"no TensorRT is usable here: {problem}. Run `python -m torchaccel env` for the remedy.")
-    chosen = flavour or next(name for name in FLAVOURS if import_problem(name) is None)
-    api = importlib.import_module(chosen)
-    return TensorRT(chosen, api)
+    return _loaded(flavour or next(name for name in FLAVOURS if import_problem(name) is None))
+
+
+@cache
+def _loaded(flavour: str) -> TensorRT:
+    return TensorRT(flavour, importlib.import_module(flavour))
 
 
 def _make_logger(api: Any) -> Any:
