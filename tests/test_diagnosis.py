@@ -88,7 +88,7 @@ OVERFLOWS: dict[str, tuple[Any, str, list[str] | None]] = {
         lambda: Lambda(residual, up=large(layer()), norm=nn.LayerNorm(8)), "'up' (Linear)", None,
     ),
     "the root's own operation": (
-        lambda: Lambda(of_its_own, first=layer(), last=layer()), "Lambda itself, between its submodules", None,
+        lambda: Lambda(of_its_own, first=layer(), last=layer()), "Lambda itself, between its submodules.", None,
     ),
     "the output": (lambda: nn.Sequential(layer(), large(layer())), "'1' (Linear)", None),
 }  # fmt: skip

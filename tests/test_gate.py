@@ -59,6 +59,13 @@ def test_an_output_of_next_to_nothing_counts_as_zero(value: float, is_zero: bool
     assert output_error("y", r, r, 1e-2).is_zero is is_zero
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_output_that_is_not_finite_is_not_next_to_nothing(value: float) -> None:
+    for r in (torch.full((4,), value), torch.tensor([0.0, 0.0, value])):
+        found = output_error("y", r, r, 1e-2)
+        assert (found.passed, found.is_zero) == (True, False)
+
+
 def test_a_failed_check_in_fp32_proposes_what_there_is() -> None:
     record = compare_outputs([torch.zeros(2)], [torch.ones(2)], 1e-5)
     with pytest.raises(AccuracyError, match="Try another backend, or pass tolerance="):

@@ -41,7 +41,7 @@ class Fault:
         if self.of_inputs:
             return f"The inputs themselves are beyond the range of {precision}."
         kind = type(module.get_submodule(self.name)).__name__
-        what = f"{self.name!r} ({kind})" if self.name else f"{kind} itself, between its submodules,"
+        what = f"{self.name!r} ({kind})" if self.name else f"{kind} itself, between its submodules"
         return f"The first module whose values are not finite at {precision}, while the module's own are: {what}."
 
 

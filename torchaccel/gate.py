@@ -157,7 +157,8 @@ def output_error(name: str, y: torch.Tensor, r: torch.Tensor, bound: float) -> O
     floor = FLOOR_RMS * r.numel() ** 0.5
     relative = difference.norm().item() / max(norm, floor)
     where = _where_not_finite(y, r, same)
-    return OutputError(name, shape, relative, difference.abs().max().item(), where, bound, is_zero=norm <= floor)
+    is_zero = norm <= floor and bool(agree.all())
+    return OutputError(name, shape, relative, difference.abs().max().item(), where, bound, is_zero=is_zero)
 
 
 def _where_not_finite(y: torch.Tensor, r: torch.Tensor, same: torch.Tensor) -> str:

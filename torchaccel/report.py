@@ -19,7 +19,7 @@ class OutputError:
 
     Floating outputs have `relative_error` = ‖y−r‖/‖r‖ and `max_abs_error`; for integers and booleans `relative_error`
     is the fraction of elements that differ. `not_finite` says where only one of the two is finite, and `is_zero` that
-    the module's output is so near zero that the comparison says little.
+    the module's output is finite and so near zero that the comparison says little.
     """
 
     name: str
