@@ -221,7 +221,7 @@ class Builder:
 
     def _take_weights(self, backend: Backend, program: Program) -> None:
         store = self.store if backend.native else WeightStore()  # a TensorRT engine has weights of its own
-        program.take_weights(store, self.module, channels_last=backend.native)
+        program.take_weights(store, self.module, channels_last=backend.channels_last)
 
     def _load(  # noqa: PLR0917
         self,

@@ -35,7 +35,7 @@ from torchaccel.weights import WeightStore, module_tensors
 _ALL: tuple[Backend, ...] = (TorchTensorRT(), OnnxTensorRT(), Fused(), Inductor(), Eager())
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 AUTO = ("torch_tensorrt", "inductor", "eager")  # what "auto" means, best first
-FIELD = (*BACKENDS.values(), Inductor(autotune=True))  # who takes part in a race, the slowest to build last
+FIELD = (*BACKENDS.values(), Eager(contiguous=True), Inductor(autotune=True))  # of a race, the slowest to build last
 
 
 def compile(

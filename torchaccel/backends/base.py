@@ -81,7 +81,8 @@ class Backend(ABC):
     """One way to make engines. Backends never import each other."""
 
     name: str
-    native = False  # whether PyTorch itself runs its engines, on the store's weights, in channels-last where it pays
+    native = False  # whether PyTorch itself runs its engines, on the store's weights
+    channels_last = False  # whether it wants a program with 2-D convolutions, and its weights, in channels-last
     compiles = False  # whether loading a plan goes through Inductor or Triton, which have caches of their own
 
     @abstractmethod
@@ -124,6 +125,7 @@ class NativeBackend(Backend):
     """What the PyTorch-native backends share: a plan that is the program, in whatever PyTorch's kernels honour."""
 
     native = True
+    channels_last = True
 
     def honours(self, precision: Precision, device: torch.device) -> str | None:
         """Whatever PyTorch's kernels honour."""
