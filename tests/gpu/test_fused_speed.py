@@ -9,7 +9,14 @@ from tests.gpu.helpers import need
 from tests.models import look_trained
 from torchaccel.fused import cudnn_plans
 
-REPLAY_MS = {("resnet18", 1): 0.155, ("resnet18", 32): 0.47, ("resnet18", 128): 1.36, ("vit_b_16", 32): 3.0}
+REPLAY_MS = {
+    ("resnet18", 1): 0.155,
+    ("resnet18", 32): 0.47,
+    ("resnet18", 128): 1.36,
+    ("resnet50", 1): 0.33,
+    ("resnet50", 32): 1.19,
+    ("vit_b_16", 32): 3.0,
+}
 CALL_MS = {("resnet18", 1): 0.19, ("resnet18", 32): 0.51}
 
 pytestmark = [

@@ -32,10 +32,11 @@ def test_the_winner_measured_again_is_not_slower_than_anybody(field) -> None:
             runners[name] = torchaccel.compile(module, "fp16", backend=name).runner_for(images)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MeasurementWarning)
-            again = torchaccel.compare({name: runner.replay for name, runner in runners.items()}, samples=200)
+            again = torchaccel.compare({name: runner.replay for name, runner in runners.items()}, samples=400)
     print(again)
     for name in runners:
-        assert again.ratio("fastest", name).low <= 1.02, f"{name} is faster: {again.ratio('fastest', name)}"
+        # The value itself: the lower end of its interval would pass whatever is noisy enough.
+        assert again.ratio("fastest", name).value <= 1.02, f"{name} is faster: {again.ratio('fastest', name)}"
 
 
 def test_the_losers_memory_is_given_back(field) -> None:
