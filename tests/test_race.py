@@ -1,5 +1,6 @@
 """The race, on the CPU: real engines that are made slower, wrong or impossible."""
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -111,7 +112,13 @@ class Breaking(Eager):
 
     def load(self, plan: Plan, device: torch.device) -> Engine:
         self._reach("load")
-        return _Changed(super().load(plan, device), lambda result: self._reach("run") or result, 0)
+        runs = itertools.count()
+
+        def change(result: torch.Tensor) -> torch.Tensor:
+            self._reach("time" if next(runs) else "run")
+            return result
+
+        return _Changed(super().load(plan, device), change, 0)
 
 
 class TritonError(Exception):
@@ -168,7 +175,7 @@ def test_the_fastest_that_is_right_serves_and_the_report_has_the_whole_field(com
 
 
 def test_a_candidate_that_raises_whatever_at_whichever_step_is_out_and_the_race_goes_on(compete: Any) -> None:
-    steps = ("lower", "build", "load", "run")
+    steps = ("lower", "build", "load", "run", "time")
     model = compete(*map(Breaking, steps), Changed("sound"))
     x = images()
     assert relative_error(model(x), model.module(x)) < 1e-5
@@ -176,6 +183,26 @@ def test_a_candidate_that_raises_whatever_at_whichever_step_is_out_and_the_race_
     assert outcomes(race) == {"sound": "won"} | dict.fromkeys(steps, "out")
     assert all("(TritonError): out of resource" in entry.reason for entry in race.entries[1:])
     assert rules(model) == rules(_served(compete(Eager())))
+
+
+@pytest.mark.parametrize("objective", ["latency", "stream"])
+def test_a_candidate_that_has_no_memory_to_be_timed_is_out(
+    compete: Any, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = Racer._trial
+
+    def without_memory(self: Racer, call: Any, tensors: Any, runner: Any) -> Any:
+        if runner.engine_bytes():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return trial(self, call, tensors, runner)
+
+    monkeypatch.setattr(Racer, "_trial", without_memory)
+    model = compete(Changed("large", mib=1), Changed("small"), objective=objective)
+    model(images())
+    small, large = model.report().races[0].entries
+    assert (small.outcome, large.outcome, large.out_of_memory) == ("won", "out", True)
+    with pytest.raises(BuildError, match="large engine could not be timed"):
+        compete(Changed("large", mib=1))(images())
 
 
 def _served(model: CompiledModule) -> CompiledModule:

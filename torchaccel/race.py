@@ -18,8 +18,9 @@ from torchaccel.cache.program_key import NoKeyError
 from torchaccel.cache.results import race_key, remember, remembered
 from torchaccel.cache.store import Cache
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning, DeviceMemoryError, MeasurementWarning
+from torchaccel.failures import as_build_error
 from torchaccel.figures import Comparison, Ratio
-from torchaccel.memory import release
+from torchaccel.memory import is_out_of_memory, release
 from torchaccel.options import RACE_BUDGET_S
 from torchaccel.pool import Pool
 from torchaccel.program import Program
@@ -127,10 +128,11 @@ class Racer(Builder):
         started = time.perf_counter()
         entries = {name: RaceEntry(name, reason=reason) for name, reason in self.out.items()}
         built = self._build_all(call, tensors, pool, captured, entries)
-        if not built:
+        trials = self._trials(call, tensors, entries, {name: runner for name, (_, runner) in built.items()})
+        if not trials:
             said = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries.values())
             raise BuildError(f"no backend could serve {describe(tensors)}. {said}")
-        winner = self._decide(call, tensors, pool, entries, {name: runner for name, (_, runner) in built.items()})
+        winner = _decide(trials, entries, pool.device)
         best, runner = built[winner]
         pool.turn(partial(_uncount, pool, [runner for _, runner in built.values()]))
         ordered = sorted(entries.values(), key=lambda entry: (entry.median_ms is None, entry.median_ms or 0.0))
@@ -166,30 +168,26 @@ class Racer(Builder):
                 _describe(entry, *found)
         return built
 
-    def _decide(
+    def _trials(
         self,
         call: Call,
         tensors: Sequence[torch.Tensor],
-        pool: Pool,
         entries: dict[str, RaceEntry],
         runners: Mapping[str, Runner],
-    ) -> str:
-        """The name of the winner: the fastest or, among those that it leads by no more than noise, the smallest."""
-        trials = {name: self._trial(call, tensors, runner) for name, runner in runners.items()}
-        comparison = _compare(trials, pool.device)
-        fastest = comparison.fastest
-        close = [name for name in trials if name == fastest or _is_close(comparison.ratio(name, fastest))]
-        winner = min(close, key=lambda name: (entries[name].device_mib, comparison.timings[name].median_ms))
-        for name in trials:
-            ratio, entry = comparison.ratio(name, winner), entries[name]
-            entry.median_ms, entry.ratio = comparison.timings[name].median_ms, ratio.value
-            if name == winner:
-                entry.outcome = "won"
-            elif name in close:
-                entry.outcome, entry.reason = "lost", "as fast, within noise; the winner takes no more memory"
-            else:
-                entry.outcome, entry.reason = "lost", f"takes {ratio} of the winner's time"
-        return winner
+    ) -> dict[str, Callable[[], object]]:
+        """What is timed of each, run once; who fails at it, as for want of memory for a stream, is out."""
+        trials = {}
+        for name, runner in runners.items():
+            try:
+                with as_build_error(name, "timed"):
+                    trial = self._trial(call, tensors, runner)
+                    with torch.inference_mode():
+                        trial()
+            except BuildError as error:
+                entries[name].reason, entries[name].out_of_memory = str(error), is_out_of_memory(error)
+                continue
+            trials[name] = trial
+        return trials
 
     def _trial(self, call: Call, tensors: Sequence[torch.Tensor], runner: Runner) -> Callable[[], object]:
         """What is timed: a call on the device or, for the objective "stream", some batches from pinned memory."""
@@ -205,6 +203,24 @@ class Racer(Builder):
         if args and kwargs:
             raise BuildError("objective='stream' times stream(), whose batches are all positional or all by keyword.")
         return kwargs or tuple(args)
+
+
+def _decide(trials: Mapping[str, Callable[[], object]], entries: dict[str, RaceEntry], device: torch.device) -> str:
+    """The name of the winner: the fastest or, among those that it leads by no more than noise, the smallest."""
+    comparison = _compare(trials, device)
+    fastest = comparison.fastest
+    close = [name for name in trials if name == fastest or _is_close(comparison.ratio(name, fastest))]
+    winner = min(close, key=lambda name: (entries[name].device_mib, comparison.timings[name].median_ms))
+    for name in trials:
+        ratio, entry = comparison.ratio(name, winner), entries[name]
+        entry.median_ms, entry.ratio = comparison.timings[name].median_ms, ratio.value
+        if name == winner:
+            entry.outcome = "won"
+        elif name in close:
+            entry.outcome, entry.reason = "lost", "as fast, within noise; the winner takes no more memory"
+        else:
+            entry.outcome, entry.reason = "lost", f"takes {ratio} of the winner's time"
+    return winner
 
 
 def _is_close(ratio: Ratio) -> bool:
