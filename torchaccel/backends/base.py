@@ -78,7 +78,11 @@ class Engine(ABC):
 
 
 class Backend(ABC):
-    """One way to make engines. Backends never import each other."""
+    """One way to make engines. Backends never import each other.
+
+    What a step raises is a failed build, whatever it is (see `failures.as_build_error`): only what says more than the
+    error itself need be a `BuildError` already.
+    """
 
     name: str
     native = False  # whether PyTorch itself runs its engines, on the store's weights
