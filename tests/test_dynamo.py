@@ -334,6 +334,39 @@ def test_an_untracked_write_is_found_when_asked_to_look() -> None:
     assert torch.equal(other(x), module(x))
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["without gradients", "with gradients"])
+def test_running_statistics_that_training_has_written_are_followed(gradients: bool) -> None:
+    module = settled(small_conv_net())
+    fast = compiled(module)
+    x = torch.randn(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BackendWarning)  # PyTorch runs the graph of training
+        for scale in (2, 3, 4):
+            module.eval()
+            with torch.no_grad():
+                assert relative_error(fast(x), module(x)) < 2e-6
+            module.train()
+            with torch.set_grad_enabled(gradients):
+                fast(scale * x)
+    module.eval()
+    with torch.no_grad():
+        assert relative_error(fast(x), module(x)) < 2e-6
+    assert sum(model.report().calls_by_engine for model in made()) == 4
+
+
+@pytest.mark.filterwarnings("ignore::torchaccel.BackendWarning")
+def test_a_graph_that_pytorch_runs_and_that_writes_nothing_has_no_engine_refreshed() -> None:
+    module, other = linear(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    fast, training = compiled(module), compiled(other)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        with torch.no_grad():
+            fast(x)
+        fast(x)
+        training(x)
+    assert {model.report().refreshes for model in made()} == {0}
+
+
 @pytest.mark.usefixtures("no_grad")
 def test_on_weight_change_raises_where_it_is_to() -> None:
     module, x = with_everything(), torch.randn(3, 4)

@@ -72,7 +72,9 @@ def models() -> list[CompiledModule]:
     `report()` on one says what serves it, or why PyTorch runs its graph; `refresh()` takes weights that were written
     behind PyTorch's back. They live as long as the module and Dynamo's code do.
     """
-    return [model for _, model in sorted(_models.items())]
+    references: Any = _models.valuerefs()  # a list of its own, whatever other threads add
+    alive = [(reference.key, model) for reference in references if (model := reference()) is not None]
+    return [model for _, model in sorted(alive)]
 
 
 class _Served:
@@ -132,6 +134,7 @@ class _Captured:
         self._names = [nodes[place].name for place in places]
         self._inputs = [place for place, node in enumerate(nodes) if place not in places]
         self._why_not: str | None = None  # unknown before the first call without gradients
+        self._untracked: tuple[int, ...] | None = None  # unknown before the first run of the graph
         self._warned_of_gradients = False
         self._lock = threading.RLock()
 
@@ -145,7 +148,7 @@ class _Captured:
         if self._why_not is None:
             with self._lock:
                 if self._why_not is None:
-                    outputs, self._why_not = self._first_run(args)
+                    outputs, self._why_not = self._why_no_engine(args)
                     if self._why_not:
                         self._note_why_not(served)
                         served.count()
@@ -177,16 +180,40 @@ class _Captured:
         module = with_weights(self._graph, self._weights, weights)
         return _Served(compile(module, **options | {"device": device}), self._names, weights)
 
-    def _first_run(self, args: Sequence[Any]) -> tuple[Any, str]:
+    def _why_no_engine(self, args: Sequence[Any]) -> tuple[Any, str]:
+        """The graph's outputs, and why no engine can stand for it; empty where one can."""
+        reason = why_no_engine(self._graph)
         if not any(isinstance(args[place], torch.Tensor) for place in self._inputs):
-            return self._graph(*args), "it has no tensor among its inputs but weights"
-        if reason := why_no_engine(self._graph):
-            return self._graph(*args), reason
-        return observe(self._graph, args)
+            reason = "it has no tensor among its inputs but weights"
+        outputs, why_not = self._observe(args)
+        return outputs, reason or why_not
 
     def _run_graph(self, served: _Served, args: Sequence[Any]) -> Any:
         served.count()
-        return self._graph(*args)
+        if self._untracked is None:
+            return self._observe(args)[0]
+        if not self._untracked:
+            return self._graph(*args)
+        try:
+            return self._graph(*args)
+        finally:
+            self._doubt(args)
+
+    def _observe(self, args: Sequence[Any]) -> tuple[Any, str]:
+        """The graph's outputs, and what it did that no engine does; what it writes untracked is remembered."""
+        outputs, why_not, self._untracked = observe(self._graph, args)
+        self._doubt(args)
+        return outputs, why_not
+
+    def _doubt(self, args: Sequence[Any]) -> None:
+        """Have every model look at its weights if it has one that the graph writes to without a new version.
+
+        Those are BatchNorm's running statistics: the graph of training writes to them, and that of evaluation is
+        another, with a compiled module of its own.
+        """
+        written = {id(args[place]) for place in self._untracked or ()}
+        for model in models() if written else ():
+            model._state.watch.note_step(written)
 
     def _note_gradients(self, served: _Served) -> None:
         if self._warned_of_gradients:

@@ -107,26 +107,43 @@ class _Traces(NamedTuple):
     generators: list[Any]
 
 
-def observe(graph: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, str]:
-    """Run a graph once, as it is: its outputs, and what it did that no engine does; empty where nothing.
+class Observed(NamedTuple):
+    """What one run of a graph returned, and what it did besides.
+
+    `why_no_engine` is what no engine does; empty where there is nothing. `untracked` are the places of the inputs, or
+    weights, that it writes to without a step of their version counters.
+    """
+
+    outputs: Any
+    why_no_engine: str
+    untracked: tuple[int, ...]
+
+
+def observe(graph: fx.GraphModule, args: Sequence[Any]) -> Observed:
+    """Run a graph once, as it is, and look at what it does.
 
     Observed and not derived, since operators do not declare all that they do: batch_norm writes to running statistics
     without a word in its schema or a step of their version counters.
     """
-    for node, arg in zip(placeholders(graph), args, strict=True):
-        if problem := _beyond_engines(arg):
-            return graph(*args), f"its input {node.name} is {problem}"
-    names = [node.name for node, arg in zip(placeholders(graph), args, strict=True) if isinstance(arg, torch.Tensor)]
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    problems = [_beyond_engines(arg) for arg in args]
+    places = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor) and not problems[place]]
+    tensors = [args[place] for place in places]
     before = _traces(tensors)
     outputs = graph(*args)
     after = _traces(tensors)
-    written = [name for name, old, new in zip(names, before.tensors, after.tensors, strict=True) if old != new]
-    if written:
-        return outputs, f"it writes to its inputs or weights ({', '.join(written)})"
-    if before.generators != after.generators:
-        return outputs, "it draws random numbers"
-    return outputs, _why_not_outputs(outputs, tensors)
+    changes = zip(places, before.tensors, after.tensors, strict=True)
+    written = {place: old[0] == new[0] for place, old, new in changes if old != new}
+    untracked = tuple(place for place, same_version in written.items() if same_version)
+    names = [node.name for node in placeholders(graph)]
+    if any(problems):
+        why = next(f"its input {name} is {problem}" for name, problem in zip(names, problems, strict=True) if problem)
+    elif written:
+        why = f"it writes to its inputs or weights ({', '.join(names[place] for place in written)})"
+    elif before.generators != after.generators:
+        why = "it draws random numbers"
+    else:
+        why = _why_not_outputs(outputs, tensors)
+    return Observed(outputs, why, untracked)
 
 
 def _beyond_engines(arg: Any) -> str:
