@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
 
+from torchaccel.computed import compute_weights
 from torchaccel.errors import BackendWarning, BuildError, InputError, TorchAccelError
 from torchaccel.precision import Precision
 from torchaccel.prepare import drop_dead_casts, fold_batch_norm, prepare, weight_nodes, weight_rules
@@ -48,12 +49,11 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         versions = [tensor._version for tensor in tensors]
         args, kwargs = self._call.arguments(tensors)
-        # A `__call__` of the class's own runs on the compiled module, around the engine.
-        run = self.module if type(self.module).__call__ is nn.Module.__call__ else self.module.forward
+        compute_weights(self.module)
         written = [tensors[index] for index in self.found.written]
         try:
             with _CastsCopy(written) if written else nullcontext():
-                result = run(*args, **kwargs)
+                result = self.module.forward(*args, **kwargs)  # a call, hooks included, runs around the engine
         except TorchAccelError:
             raise
         except Exception as error:

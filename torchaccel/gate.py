@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchaccel.computed import compute_weights
 from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.precision import PRECISIONS, tf32_state
 from torchaccel.purity import Trace
@@ -110,12 +111,13 @@ def reproduced(one: Sequence[object], other: Sequence[object]) -> bool:
 
 
 def run_module(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], *, tf32: bool, autocast: bool) -> Any:
-    """The module's forward (its root hooks are the caller's business) without autograd."""
+    """The module's forward without autograd; of its root's hooks, the caller's business, those that compute weights."""
     return _run(module, *call.arguments(tensors), tf32=tf32, autocast=autocast)
 
 
 def _run(module: nn.Module, args: Any, kwargs: Any, *, tf32: bool, autocast: bool) -> Any:
     with torch.inference_mode(False), torch.no_grad(), tf32_state(tf32):
+        compute_weights(module)
         if autocast:
             return module.forward(*args, **kwargs)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):

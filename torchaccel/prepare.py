@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
 from torchaccel.borders import outermost, set_border
+from torchaccel.computed import computes_weight
 from torchaccel.errors import BuildError
 from torchaccel.weights import WeightRule, module_tensors
 
@@ -27,7 +28,8 @@ def prepare(module: nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()
     """A copy of `module` in eval mode that computes in `dtype`, except the submodules named by `keep_fp32`.
 
     The caller's tensors are not touched: floating parameters and buffers are cast on the way into the copy, others
-    are copied. Hooks on the root are left out, since the compiled module runs those itself.
+    are copied. Hooks on the root are left out, since the compiled module runs those itself, but for those that compute
+    a weight: what they compute it from is a part of the program.
     """
     kept = {f"{name}." for name in keep_fp32}
     memo: dict[int, Any] = {}
@@ -43,8 +45,11 @@ def prepare(module: nn.Module, dtype: torch.dtype, keep_fp32: Iterable[str] = ()
             f"be copied out of its attributes."
         ) from error
     _untie(module, prepared, dtype, kept)
-    for hooks in (prepared._forward_hooks, prepared._forward_pre_hooks, prepared._backward_hooks):
-        hooks.clear()
+    prepared._forward_hooks.clear()
+    prepared._backward_hooks.clear()
+    for key, hook in tuple(prepared._forward_pre_hooks.items()):
+        if not computes_weight(hook):
+            del prepared._forward_pre_hooks[key]
     for name in outermost(keep_fp32):
         set_border(prepared.get_submodule(name), inside=torch.float32, outside=dtype)
     return prepared
