@@ -1,6 +1,8 @@
 """A call's arguments come apart and together again; its key tells apart what needs different engines, and no more."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +181,21 @@ def test_a_dataclass_comes_together_without_its_constructor(later: bool) -> None
     assert type(again) is Doubles
     assert list(vars(again)) == (["x", "later", "extra"] if later else ["x", "extra"])
     assert all(getattr(again, name) is held for name, held in vars(value).items())
+
+
+def test_threads_that_meet_a_dataclass_for_the_first_time_make_it_known_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Unknown:
+        x: Any
+
+    def slowly(*what: Any, register: Any = pytree.register_pytree_node) -> None:
+        time.sleep(0.1)  # meanwhile the others come
+        register(*what)
+
+    monkeypatch.setattr(pytree, "register_pytree_node", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda x: flatten(Unknown(x))[0], range(4)))
+    assert found == [[0], [1], [2], [3]]
 
 
 def test_a_dataclass_with_slots_and_a_dataclass_that_is_a_dictionary_come_together() -> None:

@@ -3,6 +3,7 @@
 import enum
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torchaccel.errors import InputError
 
+_registering = threading.Lock()
 _SINGLE = pytree.tree_flatten(((torch.empty(0),), {}))[1]
 
 
@@ -66,8 +68,10 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     unknown = {type(leaf) for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)}
     if not unknown:
         return leaves, spec
-    for kind in unknown:
-        _make_known(kind)
+    with _registering:
+        for kind in unknown:
+            if kind not in pytree.SUPPORTED_NODES:  # another thread may have been first
+                _make_known(kind)
     return flatten(tree)
 
 
