@@ -320,6 +320,7 @@ def test_a_result_that_nests_otherwise_at_this_precision_is_a_build_error() -> N
 
 def test_two_runs_are_alike_where_every_output_is() -> None:
     one, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1])
-    assert reproduced([one, "a", one], [one * (1 + 1e-6), "b", one])
+    assert reproduced([one, NAN, one], [one * (1 + 1e-6), NAN, one])
+    assert not reproduced([one, 1], [one, 2])
     assert not reproduced([one, one], [one, other])
     assert not reproduced([one, one], [other, one])

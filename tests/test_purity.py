@@ -1,9 +1,12 @@
-"""What a forward leaves behind besides its result is found: writes to inputs and tensors, changed attributes."""
+"""What a forward leaves behind besides its result is found: writes to inputs and tensors, changed attributes, draws."""
 
 import dataclasses
+import random
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -208,6 +211,38 @@ def test_a_result_that_depends_on_a_global_that_forward_changes_is_refused_with_
 
     with pytest.raises(AccuracyError, match="does not reproduce its own result"):
         on_cpu(Lambda(forward))(torch.ones(3))
+
+
+DRAWS: dict[str, Callable[[], float]] = {"random": random.random, "numpy.random": np.random.random}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_result_that_depends_on_random_numbers_of_python_s_or_numpy_s_is_refused(name: str) -> None:
+    module = Lambda(lambda self, x: self.fc(x) * (1 + 1e-2 * DRAWS[name]()), fc=nn.Linear(4, 4))
+    with pytest.raises(BuildError, match=rf"random numbers in eval mode \({name}\).*pass them as an input"):
+        on_cpu(module, "bf16")(torch.ones(1, 4))  # within the bound
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_that_decide_nothing_in_eval_mode_may_be_drawn(name: str) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        skips = DRAWS[name]() < 0.5  # as transformers do it
+        return x if self.training and skips else self.fc(x)
+
+    module, x = Lambda(forward, fc=nn.Linear(4, 4)), torch.randn(2, 4)
+    assert relative_error(on_cpu(module)(x), module(x)) < 1e-6
+
+
+def test_random_numbers_that_are_returned_are_refused() -> None:
+    module = Lambda(lambda self, x: (x * 2, random.random()))
+    with pytest.raises(BuildError, match="draws random numbers"):
+        on_cpu(module)(torch.ones(2))
+
+
+def test_random_numbers_that_are_drawn_during_the_first_run_alone_are_another_thread_s() -> None:
+    draws = iter([random.random])
+    module = Lambda(lambda self, x: x * 2 + len([draw() for draw in draws]))
+    assert torch.equal(on_cpu(module)(torch.ones(2)), torch.full((2,), 2.0))
 
 
 class Scaled(nn.Module):

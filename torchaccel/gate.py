@@ -14,7 +14,7 @@ from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.precision import PRECISIONS, tf32_state
 from torchaccel.purity import Trace
 from torchaccel.report import GateRecord, OutputError
-from torchaccel.signature import Call, OutputSpec, fill, flatten
+from torchaccel.signature import PLAIN, Call, OutputSpec, fill, flatten
 
 # Below this root mean square an output counts as zero: fp16 has nothing but subnormal numbers there.
 FLOOR_RMS = 1e-6
@@ -54,40 +54,52 @@ def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) ->
     """The module's own outputs for a call, in its own dtype with TF32 and autocast off, on cloned inputs.
 
     Raises `BuildError` for a module that writes to its inputs or, in eval mode, to its own buffers, and for one whose
-    result depends on attributes that it changes itself: an engine would do neither. Where it changes attributes without
-    such an effect, a warning says so.
+    result depends on attributes that it changes itself, or on random numbers of Python's or NumPy's: an engine would do
+    none of this. Where it changes attributes without such an effect, a warning says so.
     """
-    found, changed = _observe(module, call, tensors)
-    if not changed:
+    found, changed, drawn = _observe(module, call, tensors)
+    if not changed and not drawn:
         return found
-    again, changed = _observe(module, call, tensors)  # what is set once, at the first run, is a cache
-    if not changed:
-        return again
+    # What is set once, at the first run, is a cache; and another thread may have drawn.
+    again, changed, drawn = _observe(module, call, tensors)
+    atomics = 0.0 if all(tensor.is_cpu for tensor in tensors) else REPRODUCED
+    if drawn and not _same(found, again, atomics):
+        raise BuildError(
+            f"{type(module).__name__} draws random numbers in eval mode ({', '.join(drawn)}) and its result depends on "
+            f"them, but an engine would keep the first ones for ever. Draw them outside and pass them as an input, or "
+            f"switch them off in eval mode (if self.training)."
+        )
     names = ", ".join(changed)
-    if found.spec != again.spec or not reproduced(found.leaves, again.leaves):
+    if changed and not _same(found, again, REPRODUCED):
         raise BuildError(
             f"the module's result depends on Python attributes that its forward changes ({names}), and an engine keeps "
             f"the values of now; make them inputs or outputs."
         )
-    warnings.warn(
-        f"{type(module).__name__} changes Python attributes in its forward ({names}): engines run no Python, and leave "
-        f"them as they are.",
-        BackendWarning,
-        stacklevel=2,
-    )
+    if changed:
+        warnings.warn(
+            f"{type(module).__name__} changes Python attributes in its forward ({names}): engines run no Python, and "
+            f"leave them as they are.",
+            BackendWarning,
+            stacklevel=2,
+        )
     return again
 
 
-def _observe(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Reference, list[str]]:
-    """One run of the module, and the names of the attributes that it changed."""
+def _same(one: Reference, other: Reference, bound: float) -> bool:
+    return one.spec == other.spec and reproduced(one.leaves, other.leaves, bound)
+
+
+def _observe(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Reference, list[str], list[str]]:
+    """One run of the module, the names of the attributes that it changed, and what random numbers were drawn from."""
     with torch.inference_mode(False):
         clones = tuple(tensor.detach().clone() for tensor in tensors)
     trace = Trace(module, clones)
     args, kwargs = call.arguments(clones)
     leaves, spec = flatten(_run(module, args, kwargs, tf32=False, autocast=False))
+    drawn = trace.drawn_from()
     trace.refuse_writes()
     _warn_of_containers(module, call, clones, args, kwargs)
-    return Reference(tuple(leaves), spec, clones), trace.changed_attributes()
+    return Reference(tuple(leaves), spec, clones), trace.changed_attributes(), drawn
 
 
 def _warn_of_containers(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], args: Any, kwargs: Any) -> None:
@@ -103,11 +115,15 @@ def _warn_of_containers(module: nn.Module, call: Call, tensors: Sequence[torch.T
     )
 
 
-def reproduced(one: Sequence[object], other: Sequence[object]) -> bool:
+def reproduced(one: Sequence[object], other: Sequence[object], bound: float = REPRODUCED) -> bool:
     """Whether two runs of a module returned the same, but for the order in which a device adds up."""
-    pairs = zip(one, other, strict=True)
-    tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)]
-    return all(output_error("", a, b, REPRODUCED).passed for a, b in tensors)
+    return all(_is_reproduced(a, b, bound) for a, b in zip(one, other, strict=True))
+
+
+def _is_reproduced(one: object, other: object, bound: float) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return output_error("", one, other, bound).passed
+    return not isinstance(one, PLAIN) or repr(one) == repr(other)
 
 
 def run_module(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor], *, tf32: bool, autocast: bool) -> Any:

@@ -1,14 +1,17 @@
-"""What a module's forward leaves behind besides its result: writes to its inputs, its tensors, its attributes.
+"""What a module's forward leaves behind besides its result: writes to its inputs, its tensors, its attributes; draws.
 
 An engine leaves none of it behind, so a module that does is refused, or its caller is told.
 """
 
+import random
+import sys
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from torchaccel.errors import BuildError
 from torchaccel.fingerprint import equal, fingerprint
@@ -32,6 +35,7 @@ class Trace:
         # BatchNorm in training mode bumps no version of its running statistics.
         self._buffer_bits = {name: fingerprint([buffer]) for name, buffer in module.named_buffers()}
         self._attributes = attributes(module)
+        self._generators = _generators()
 
     def refuse_writes(self) -> None:
         """Raise `BuildError` if the module wrote to an input, a parameter or a buffer since."""
@@ -60,6 +64,19 @@ class Trace:
     def changed_attributes(self) -> list[str]:
         """The plain Python attributes, of any submodule, that are not what they were."""
         return differing(self._attributes, attributes(self._module))
+
+    def drawn_from(self) -> list[str]:
+        """The generators of random numbers outside PyTorch that have been drawn from, by whatever thread."""
+        return [name for name, state in _generators().items() if state != self._generators.get(name, state)]
+
+
+def _generators() -> dict[str, Any]:
+    """The states of the generators that every module shares; what torch draws, the captured program shows."""
+    states: dict[str, Any] = {"random": random.getstate()}
+    if numpy_random := sys.modules.get("numpy.random"):
+        state = pytree.tree_leaves(numpy_random.get_state(legacy=False))
+        states["numpy.random"] = [part.tobytes() if hasattr(part, "tobytes") else part for part in state]
+    return states
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
