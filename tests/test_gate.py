@@ -272,6 +272,27 @@ def test_a_module_that_writes_to_its_buffers_is_refused_with_their_names(replace
         reference_of(Lambda(lambda self, x: self.inner(x), inner=Counts(replace)), torch.ones(2))
 
 
+NOT_DENSE: dict[str, tuple[Any, str]] = {
+    "sparse": (lambda y: y.to_sparse(), r"sparse_coo: use \.to_dense\(\)"),
+    "sparse rows": (lambda y: y.to_sparse_csr(), r"sparse_csr: use \.to_dense\(\)"),
+    "nested": (lambda y: torch.nested.nested_tensor(list(y)), r"nested: use torch\.nested\.to_padded_tensor"),
+    "jagged": (
+        lambda y: torch.nested.as_nested_tensor(list(y), layout=torch.jagged),
+        r"nested: use torch\.nested\.to_padded_tensor",
+    ),
+    "quantized": (lambda y: torch.quantize_per_tensor(y, 0.1, 0, torch.qint8), r"quantized \(torch.qint8\): use \.deq"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_an_output_that_is_not_dense_is_refused_with_its_number_and_the_remedy(kind: str) -> None:
+    make, message = NOT_DENSE[kind]
+    with pytest.raises(BuildError, match=f"output 1 is {message}"):
+        reference_of(Lambda(lambda self, x: {"dense": x + 1, "other": make(x * 2)}), torch.ones(2, 3))
+
+
 # --- from the reference to what is returned ---
 
 

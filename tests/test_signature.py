@@ -142,6 +142,15 @@ def test_what_an_engine_would_keep_for_ever_is_refused_by_its_type(value: Any) -
         read_call((torch.zeros(1), value), {})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_has_no_shape_and_is_refused_with_its_number_and_the_remedy() -> None:
+    x = torch.ones(2, 4)
+    nested = torch.nested.nested_tensor([x, x[:1]])
+    for args, number in (((nested,), 0), ((x, {"y": nested}), 1)):
+        with pytest.raises(InputError, match=rf"input {number} is nested: use torch\.nested\.to_padded_tensor"):
+            read_call(args, {})
+
+
 def test_a_dataclass_that_pytorch_does_not_know_is_made_known_and_a_class_is_no_instance() -> None:
     @dataclass
     class Unknown:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchaccel.fingerprint import fingerprint
-from torchaccel.signature import PLAIN
+from torchaccel.signature import PLAIN, why_not_dense
 
 
 def placeholders(graph: fx.GraphModule) -> list[fx.Node]:
@@ -151,7 +151,7 @@ def _beyond_engines(arg: Any) -> str:
         return "" if isinstance(arg, PLAIN) else f"a {type(arg).__qualname__}"
     if type(arg) not in (torch.Tensor, nn.Parameter):
         return f"a {type(arg).__qualname__}, a kind of tensor of its own"
-    return "" if arg.layout is torch.strided else f"{str(arg.layout).removeprefix('torch.')}, not dense"
+    return why_not_dense(arg)
 
 
 def _traces(tensors: Sequence[torch.Tensor]) -> _Traces:

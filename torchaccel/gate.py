@@ -14,7 +14,7 @@ from torchaccel.errors import AccuracyError, BackendWarning, BuildError
 from torchaccel.precision import PRECISIONS, tf32_state
 from torchaccel.purity import Trace
 from torchaccel.report import GateRecord, OutputError
-from torchaccel.signature import PLAIN, Call, OutputSpec, fill, flatten
+from torchaccel.signature import PLAIN, Call, OutputSpec, fill, flatten, why_not_dense
 
 # Below this root mean square an output counts as zero: fp16 has nothing but subnormal numbers there.
 FLOOR_RMS = 1e-6
@@ -53,9 +53,10 @@ class Reference:
 def reference(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Reference:
     """The module's own outputs for a call, in its own dtype with TF32 and autocast off, on cloned inputs.
 
-    Raises `BuildError` for a module that writes to its inputs or, in eval mode, to its own buffers, and for one whose
-    result depends on attributes that it changes itself, or on random numbers of Python's or NumPy's: an engine would do
-    none of this. Where it changes attributes without such an effect, a warning says so.
+    Raises `BuildError` for a module that writes to its inputs or, in eval mode, to its own buffers, for one whose
+    result depends on attributes that it changes itself, or on random numbers of Python's or NumPy's, and for one that
+    returns sparse, nested or quantized tensors: an engine would do none of this. Where it changes attributes without
+    such an effect, a warning says so.
     """
     found, changed, drawn = _observe(module, call, tensors)
     if not changed and not drawn:
@@ -96,6 +97,9 @@ def _observe(module: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> 
     trace = Trace(module, clones)
     args, kwargs = call.arguments(clones)
     leaves, spec = flatten(_run(module, args, kwargs, tf32=False, autocast=False))
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and (problem := why_not_dense(leaf)):
+            raise BuildError(f"the module's output {index} is {problem} in the module; engines return dense tensors.")
     drawn = trace.drawn_from()
     trace.refuse_writes()
     _warn_of_containers(module, call, clones, args, kwargs)

@@ -121,13 +121,16 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], names: frozenset[st
 
     The key holds the nesting, each tensor's shape, dtype and device type, each other value with its type, and the
     state of autocast, which decides the dtypes that the module would return. The keywords in `names`, those of the
-    module's own arguments, come first and sorted: in whatever order a caller writes them, they need one engine.
+    module's own arguments, come first and sorted: in whatever order a caller writes them, they need one engine. Raises
+    `InputError` for what has no such description.
     """
     if len(kwargs) > 1 and not names.isdisjoint(kwargs):
         own = sorted(names.intersection(kwargs))
         kwargs = {name: kwargs[name] for name in (*own, *(name for name in kwargs if name not in names))}
     if not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):  # the common call, without the walk
         (x,) = args
+        if x.is_nested:
+            _refuse_without_shape(args)
         autocast = _autocast_key()
         return Call((x,), (x.shape, x.dtype, x.device.type, autocast), _SINGLE, (HOLE,), autocast)
     leaves: Sequence[Any] = (*args, *kwargs.values())
@@ -138,6 +141,7 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], names: frozenset[st
         leaves, nesting = flatten((args, kwargs))
         spec = nesting
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    _refuse_without_shape(tensors)
     template = tuple(HOLE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     described = tuple(
         (leaf.shape, leaf.dtype, leaf.device.type) if isinstance(leaf, torch.Tensor) else _constant_key(leaf)
@@ -145,6 +149,22 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], names: frozenset[st
     )
     autocast = _autocast_key()
     return Call(tensors, (described, nesting, autocast), spec, template, autocast)
+
+
+def _refuse_without_shape(tensors: Sequence[torch.Tensor]) -> None:
+    """Raise `InputError` for a nested tensor that has no shape to ask for; a jagged one has, of symbols."""
+    for index, tensor in enumerate(tensors):
+        if tensor.is_nested and tensor.layout is torch.strided:
+            raise InputError(f"input {index} is {why_not_dense(tensor)}; engines take dense (strided) tensors.")
+
+
+def why_not_dense(tensor: torch.Tensor) -> str:
+    """What a tensor is that is none of an engine's, with the remedy; empty for a dense (strided) one."""
+    if tensor.is_nested:
+        return "nested: use torch.nested.to_padded_tensor(…, 0.0)"
+    if tensor.layout is not torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')}: use .to_dense()"
+    return f"quantized ({tensor.dtype}): use .dequantize()" if tensor.is_quantized else ""
 
 
 def _is_leaf(value: Any) -> bool:
