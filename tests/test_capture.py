@@ -150,8 +150,23 @@ def test_a_batch_that_the_module_fixes_is_a_build_error_that_speaks_of_the_dynam
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.reshape(4, -1)
 
-    with pytest.raises(BuildError, match="could not capture Fixed with a dynamic batch"):
+    with pytest.raises(BuildError, match="could not capture Fixed with a dynamic batch") as caught:
         captured(Fixed(), torch.ones(4, 3), dynamic_batch=(1, 4, 8))
+    assert "by chance" not in str(caught.value)
+
+
+def test_where_an_input_may_have_the_batch_s_size_by_chance_the_error_says_what_to_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module, mask = Lambda(lambda self, n, x, mask: x @ mask * n), torch.ones(4, 4)
+    n = torch.tensor(2.0)
+    with pytest.raises(BuildError, match=r"inputs 1, 2 is 4, .*by chance, build first with a batch of another size"):
+        captured(module, n, torch.ones(4, 4), mask, dynamic_batch=(1, 8, 8))
+    assert captured(module, n, torch.ones(3, 4), mask, dynamic_batch=(1, 8, 8)).batched == (False, True, False)
+    with pytest.raises(BuildError) as caught:
+        captured(module, n, torch.ones(4, 4), mask[:3])
+    assert "by chance" not in str(caught.value)
+    assert not caplog.records, "PyTorch's words are in the error"
 
 
 @pytest.mark.parametrize("result", [3, None, (), "x"], ids=repr)

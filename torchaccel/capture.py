@@ -23,6 +23,7 @@ from torchaccel.signature import Call, OutputSpec, split_outputs
 from torchaccel.weights import module_tensors
 
 PREFIX = "module."
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._subclasses.fake_tensor")
 
 
 class _Found:
@@ -100,11 +101,12 @@ def capture(
         flat = _Flat(prepare(module, precision.dtype, keep_fp32), call)
         examples = tuple(engine_input(tensor, precision.dtype) for tensor in tensors)
         batched = batched_inputs(examples) if dynamic_batch else (False,) * len(examples)
+        advice = _if_by_chance(examples, batched) if dynamic_batch else ""
         if dynamic_batch:
             examples = resize_batch(examples, batched, max(min(2, dynamic_batch[2]), dynamic_batch[1]))
-        exported = _export(flat, examples, batched, dynamic_batch)
+        exported = _export(flat, examples, batched, dynamic_batch, advice)
         if flat.found.written:  # not by the module in its own dtypes: that is refused before
-            exported = _export(flat, examples, batched, dynamic_batch)
+            exported = _export(flat, examples, batched, dynamic_batch, advice)
     outputs = flat.found.outputs
     if outputs is None or not exported.graph_signature.user_outputs:
         raise BuildError("the module computes no tensor for these inputs, so there is nothing to compile.")
@@ -208,11 +210,23 @@ def resize_batch(tensors: Sequence[torch.Tensor], batched: Sequence[bool], size:
     return tuple(resize(tensor) if is_batched else tensor for tensor, is_batched in zip(tensors, batched, strict=True))
 
 
+def _if_by_chance(tensors: Sequence[torch.Tensor], batched: Sequence[bool]) -> str:
+    """What to do where one of several inputs only happens to be as long as the batch."""
+    numbers = [str(index) for index, is_batched in enumerate(batched) if is_batched]
+    if len(numbers) == 1:
+        return ""
+    return (
+        f"\nThe first dimension of the inputs {', '.join(numbers)} is {batch_size(tensors)}, and was taken for the "
+        f"batch: if one of them has that size by chance, build first with a batch of another size (inputs=…)."
+    )
+
+
 def _export(
     flat: _Flat,
     examples: tuple[torch.Tensor, ...],
     batched: Sequence[bool],
     dynamic_batch: tuple[int, int, int] | None,
+    advice: str,
 ) -> ExportedProgram:
     shapes: Any = None
     if dynamic_batch and dynamic_batch[0] < dynamic_batch[2]:
@@ -222,7 +236,7 @@ def _export(
 
     try:
         # One thread at a time, and none while Dynamo compiles: both keep state that the process shares.
-        with quiet("torch.fx.experimental.symbolic_shapes", "torch.export"), compile_lock, _without_stack_traces():
+        with quiet(*_LOGGERS), compile_lock, _without_stack_traces():
             return torch.export.export(flat, examples, dynamic_shapes=shapes, strict=False)
     except TorchAccelError:
         raise
@@ -230,6 +244,7 @@ def _export(
         what = "with a dynamic batch " if dynamic_batch else ""
         raise BuildError(
             f"torch.export could not capture {type(flat.module).__name__} {what}{flat.found.failure or explain(error)}"
+            f"{advice}"
         ) from error
 
 
