@@ -8,7 +8,7 @@ import torch
 
 from torchaccel.capture import batch_size, batched_inputs
 from torchaccel.errors import InputError
-from torchaccel.signature import Call, constants_key
+from torchaccel.signature import Call, constants_key, why_not_dense
 
 
 def on_device(call: Call, device: torch.device) -> list[torch.Tensor]:
@@ -16,11 +16,8 @@ def on_device(call: Call, device: torch.device) -> list[torch.Tensor]:
     if not call.tensors:
         raise InputError("the call has no tensor among its arguments, so there is nothing to run an engine on.")
     for index, tensor in enumerate(call.tensors):
-        if tensor.layout is not torch.strided:
-            layout = str(tensor.layout).removeprefix("torch.")
-            raise InputError(f"input {index} is {layout}; engines take dense (strided) tensors: use .to_dense().")
-        if tensor.is_quantized:
-            raise InputError(f"input {index} is quantized ({tensor.dtype}): use .dequantize(), or .int_repr().")
+        if problem := why_not_dense(tensor):
+            raise InputError(f"input {index} is {problem}; engines take dense (strided) tensors.")
         if tensor.device.type != "cpu" and tensor.device != device:
             raise InputError(
                 f"input {index} is on {tensor.device}, and the model on {device}: move one of them with .to()."

@@ -164,7 +164,7 @@ def why_not_dense(tensor: torch.Tensor) -> str:
         return "nested: use torch.nested.to_padded_tensor(…, 0.0)"
     if tensor.layout is not torch.strided:
         return f"{str(tensor.layout).removeprefix('torch.')}: use .to_dense()"
-    return f"quantized ({tensor.dtype}): use .dequantize()" if tensor.is_quantized else ""
+    return f"quantized ({tensor.dtype}): use .dequantize(), or .int_repr()" if tensor.is_quantized else ""
 
 
 def _is_leaf(value: Any) -> bool:
