@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchaccel import fingerprint as module
-from torchaccel.fingerprint import PendingCheck, differs, equal, fingerprint
+from torchaccel.fingerprint import PendingCheck, bits, differs, equal, fingerprint
 
 
 @settings(max_examples=200)
@@ -83,6 +83,16 @@ def test_what_is_computed_only_when_it_is_read_counts_by_its_values(view: Any) -
     tensor = torch.randn(3, 2, dtype=torch.complex64)
     assert equal(fingerprint([view(tensor)]), fingerprint([view(tensor).resolve_conj().resolve_neg().clone()]))
     assert not equal(fingerprint([view(tensor)]), fingerprint([view(tensor).conj_physical().neg()]))
+
+
+@pytest.mark.parametrize("size", [4, module.SMALL_BYTES])
+def test_the_bits_of_a_tensor_of_any_size_tell_whether_it_was_written_to(size: int) -> None:
+    tensor = torch.full((size,), float("nan"))[::2]
+    before = bits(tensor)
+    assert equal(bits(tensor), before)
+    tensor[-1] = -tensor[-1]
+    assert not equal(bits(tensor), before)
+    assert not equal(bits(tensor[:-1]), before)
 
 
 def test_a_comparison_is_the_host_s_whatever_the_default_device() -> None:

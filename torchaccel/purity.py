@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchaccel.errors import BuildError
-from torchaccel.fingerprint import equal, fingerprint
+from torchaccel.fingerprint import bits, equal
 from torchaccel.signature import PLAIN
 from torchaccel.weights import module_tensors
 
@@ -29,18 +29,18 @@ class Trace:
         self._module = module
         self._inputs = inputs
         self._versions = [tensor._version for tensor in inputs]
-        self._bits = [fingerprint([tensor]) for tensor in inputs]
+        self._bits = [bits(tensor) for tensor in inputs]
         self._tensors = {name: tensor for name, tensor in module_tensors(module).items() if not tensor.is_inference()}
         self._tensor_versions = {name: tensor._version for name, tensor in self._tensors.items()}
         # BatchNorm in training mode bumps no version of its running statistics.
-        self._buffer_bits = {name: fingerprint([buffer]) for name, buffer in module.named_buffers()}
+        self._buffer_bits = {name: bits(buffer) for name, buffer in module.named_buffers()}
         self._attributes = attributes(module)
         self._generators = _generators()
 
     def refuse_writes(self) -> None:
         """Raise `BuildError` if the module wrote to an input, a parameter or a buffer since."""
         for index, tensor in enumerate(self._inputs):
-            if tensor._version != self._versions[index] or not equal(fingerprint([tensor]), self._bits[index]):
+            if tensor._version != self._versions[index] or not equal(bits(tensor), self._bits[index]):
                 raise BuildError(
                     f"the module writes to its input {index}, which an engine does not; make it work on a copy."
                 )
@@ -52,8 +52,8 @@ class Trace:
         ]
         written += [
             name
-            for name, bits in self._buffer_bits.items()
-            if name in after and name not in written and not equal(fingerprint([after[name]]), bits)
+            for name, before in self._buffer_bits.items()
+            if name in after and name not in written and not equal(bits(after[name]), before)
         ]
         if written:
             raise BuildError(
