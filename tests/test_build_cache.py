@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torchaccel
+from tests.cache.damage import rewrite
 from tests.helpers import on_cpu
 from torchaccel.backends.base import Backend, Engine, NativeEngine, Plan
 from torchaccel.cache import plans
@@ -20,6 +21,7 @@ from torchaccel.precision import Precision
 from torchaccel.program import Program
 
 X = torch.tensor([1.0, -2.0])
+MANIFEST = {"flavour": None, "inputs": [(0, "x")], "outputs": [], "fp32_products": False}
 
 
 class Scale(nn.Module):
@@ -51,7 +53,7 @@ class Bytes(Backend):
     def build(self, program: Program, precision: Precision, device: torch.device, *, partial: bool = False) -> Plan:
         self.builds += 1
         (weight,) = program.exported.state_dict.values()
-        return Plan(self.name, precision, struct.pack("d", float(weight) * self.error), {"inputs": [(0, "x")]})
+        return Plan(self.name, precision, struct.pack("d", float(weight) * self.error), MANIFEST.copy())
 
     def load(self, plan: Plan, device: torch.device) -> Engine:
         if len(plan.payload) != 8:
@@ -153,6 +155,41 @@ def test_an_engine_from_the_cache_that_does_not_serve_is_built_again(
     assert cache.entries() == []
     assert served(model_of(cache))["from_cache"] is False
     assert served(model_of(cache))["from_cache"] is True
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"manifest": ...},
+        {"manifest": []},
+        {"manifest": {**MANIFEST, "inputs": [0]}},
+        {"manifest": {**MANIFEST, "inputs": 3}},
+        {"manifest": {**MANIFEST, "flavour": "tensorrt"}},
+        {"coverage": [{}, {}]},
+        {"coverage": [{"add": "1"}, {}, 1]},
+        {"library": None},
+    ],
+)
+def test_an_entry_that_describes_no_engine_is_moved_aside_and_built_again(
+    cache: Cache, backend: Bytes, changes: dict[str, Any]
+) -> None:
+    served(model_of(cache))
+    (entry,) = cache.entries()
+    info = {**entry.info, **changes}
+    rewrite(entry.path, info={name: value for name, value in info.items() if value is not ...})
+    with pytest.warns(CacheWarning, match="damaged"):
+        assert served(model_of(cache))["from_cache"] is False
+    assert served(model_of(cache))["from_cache"] is True
+    assert backend.builds == 2
+
+
+def test_an_entry_without_an_engine_is_moved_aside_and_built_again(cache: Cache, backend: Bytes) -> None:
+    served(model_of(cache))
+    (entry,) = cache.entries()
+    rewrite(entry.path, files=[])
+    entry.path.write_bytes(b"".join(entry.path.read_bytes().splitlines(keepends=True)[:2]))
+    with pytest.warns(CacheWarning, match="damaged .it has no 'engine'"):
+        assert served(model_of(cache))["from_cache"] is False
 
 
 def test_an_engine_that_fails_its_check_is_not_left_in_the_cache(cache: Cache, backend: Bytes) -> None:

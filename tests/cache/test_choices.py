@@ -1,5 +1,6 @@
 """Choices of the fused backend through the cache: real engines on the CPU, as if a GPU's clock had times for them."""
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cache.damage import rewrite
 from tests.helpers import captured, images, on_cpu, relative_error
 from tests.models import small_conv_net
 from torchaccel.__main__ import main
 from torchaccel.backends import fused
 from torchaccel.backends.fused import Fused
 from torchaccel.cache import choices
-from torchaccel.cache.canonical import canonical
+from torchaccel.cache.canonical import canonical, dump
 from torchaccel.cache.program_key import NoKeyError
 from torchaccel.cache.store import Cache
 from torchaccel.compiled import CompiledModule
@@ -176,6 +178,42 @@ def test_a_damaged_entry_is_searched_anew(machine: Machine) -> None:
     with pytest.warns(CacheWarning, match="damaged"):
         machine.process()
     assert machine.timed == SEARCH
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        None,
+        b"[",
+        b"[1]",
+        b'{"[\\"layer\\",1]": ["triton"]}',
+        b'{"[\\"layer\\",1]": 3}',
+        b'{"[\\"route\\",[\\"a\\",\\"b\\"]]": "b"}',
+        b'{"[\\"route\\",[\\"a\\",\\"b\\"]]": {"route": "b", "routes_ms": null, "routes_failed": {}}}',
+        b'{"[[1,2],true]": "plan"}',
+        b'{"[[1,2],true]": ["name", 1]}',
+    ],
+)
+def test_an_entry_that_holds_no_choices_is_searched_anew(machine: Machine, chosen: bytes | None) -> None:
+    machine.process()
+    (entry,) = machine.cache.entries()
+    checked = {} if chosen is None else {"choices": chosen}
+    files = [[name, len(data), hashlib.sha256(data).hexdigest()] for name, data in checked.items()]
+    rewrite(entry.path, files=files)
+    entry.path.write_bytes(b"".join(entry.path.read_bytes().splitlines(keepends=True)[:2]) + (chosen or b""))
+    with pytest.warns(CacheWarning, match="damaged"):
+        machine.process()
+    assert machine.timed == SEARCH
+    machine.process()
+    assert machine.timed == []
+
+
+def test_choices_of_every_kind_are_read_again(tmp_path: Path) -> None:
+    route = {"route": "plain", "routes_ms": {"plain": 1}, "routes_failed": {"inductor": "RuntimeError"}}
+    made = {'["route",["plain","inductor"]]': route, '["conv",64]': "aten", "[[1,2],true]": [3, "eng0"]}
+    cache, key = Cache(tmp_path, 1 << 30), {"kind": "choices"}
+    cache.put(key, {"choices": dump(made)}, {})
+    assert choices._known(cache, key) == made
 
 
 @pytest.mark.parametrize(("broken", "timed", "route"), [("triton", ["aten"], "b"), ("b", ["a"], "a")])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.cache.damage import rewrite
 from tests.helpers import captured, images, on_cpu, relative_error
 from tests.models import small_conv_net
 from tests.test_race import Absent, Changed, Failing, slower
@@ -26,6 +28,7 @@ from torchaccel.cache.store import Cache
 from torchaccel.compiled import CompiledModule
 from torchaccel.errors import BuildError, CacheWarning, DeviceMemoryError
 from torchaccel.options import RACE_BUDGET_S, Options
+from torchaccel.report import RaceEntry
 from torchaccel.timing import compare
 
 PROCESS = """
@@ -217,6 +220,33 @@ def test_a_winner_that_no_longer_serves_is_dropped_and_there_is_a_race(
     assert (again.winner.name, again.from_cache) == ("slow", False)
     assert raced(cache).report().races[0].winner.name == "slow", "the new race took the place of the old"
     assert len(cache.entries()) == 1
+
+
+RACE = {"signature": "s", "objective": "latency", "race_ms": 1.0, "from_cache": False}
+ENTRY = RaceEntry("fast", "won", median_ms=1.0)
+
+
+@pytest.mark.parametrize(
+    "race",
+    [
+        None,
+        [],
+        {**RACE, "entries": []},
+        {**RACE, "entries": [{"name": "fast"}]},
+        {**RACE, "entries": [asdict(replace(ENTRY, name="somebody"))]},
+        {**RACE, "entries": [asdict(replace(ENTRY, outcome="lost"))]},
+        {**RACE, "entries": [asdict(ENTRY), asdict(ENTRY)]},
+        {**RACE, "entries": [{**asdict(ENTRY), "median_ms": "1"}]},
+        {**RACE, "race_ms": None, "entries": [asdict(ENTRY)]},
+    ],
+)
+def test_an_entry_that_holds_no_race_is_moved_aside_and_there_is_a_race(cache: Cache, field: Any, race: Any) -> None:
+    raced(cache)
+    (entry,) = cache.entries()
+    rewrite(entry.path, info={"what": "a race", "race": race})
+    with pytest.warns(CacheWarning, match="in the cache is damaged"):
+        assert not raced(cache).report().races[0].from_cache
+    assert raced(cache).report().races[0].from_cache
 
 
 def test_memory_that_runs_out_is_no_reason_to_race_again(

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.cache.damage import put, rewrite
 from tests.cache.processes import KEY, LIMIT, payload
 from torchaccel.cache import store as module
 from torchaccel.cache.canonical import canonical
@@ -85,7 +86,7 @@ def test_only_its_owner_may_read_what_is_kept(cache: Cache) -> None:
 
 
 def test_nothing_in_it_is_unpickled() -> None:
-    names = ("cache/store", "cache/canonical", "cache/entries", "locks")
+    names = ("cache/store", "cache/canonical", "cache/entries", "cache/shapes", "locks")
     text = "".join((ROOT / "torchaccel" / f"{name}.py").read_text() for name in names)
     assert not [line for line in text.splitlines() if "import" in line and ("pickle" in line or "torch " in line)]
     assert "torch.load" not in text
@@ -220,6 +221,26 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "another version's": lambda path: path.write_bytes(path.read_bytes().replace(b"cache 1", b"cache 2", 1)),
     "no entry": lambda path: path.write_bytes(os.urandom(5000)),
     "of another key": lambda path: path.write_bytes(head(key(2), {"plan": b"x"}, {}) + b"x"),
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "file").write_text("in it")),
+    "an empty folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "of another shape": lambda path: put(path, b"{}"),
+    "a list": lambda path: put(path, b"[1]"),
+    "without files": lambda path: rewrite(path, files=...),
+    "with no files": lambda path: rewrite(path, files=None),
+    "with files without checksums": lambda path: rewrite(path, files=[["plan", 3]]),
+    "with files of negative size": lambda path: rewrite(path, files=[["plan", -1, ""]]),
+    "with files of any size": lambda path: rewrite(path, files=[["plan", 1 << 62, ""]]),
+    "without what it says": lambda path: rewrite(path, info=...),
+    "with nothing that it says": lambda path: rewrite(path, info=None),
+    "with a kind that is none": lambda path: rewrite(path, kind=7),
+    "with a key that is none": lambda path: rewrite(path, key=[]),
+    "with a key that JSON has no words for": lambda path: put(
+        path, b'{"kind":"plan","files":[],"info":{},"key":{"kind":NaN}}'
+    ),
+    "no JSON": lambda path: put(path, b"{"),
+    "no text": lambda path: put(path, b"\xff"),
+    "deep": lambda path: put(path, b"[" * 200_000),
 }
 
 
@@ -229,6 +250,7 @@ def test_what_is_damaged_is_moved_aside_with_one_warning(cache: Cache, damage: C
     damage(cache.path(KEY))
     (problem,) = cache.verify().values()
     assert problem
+    assert len(cache.entries()) == 1
     with pytest.warns(CacheWarning, match="damaged.*built again") as caught:
         assert cache.get(KEY) is None
     assert len(caught) == 1
@@ -239,6 +261,14 @@ def test_what_is_damaged_is_moved_aside_with_one_warning(cache: Cache, damage: C
     assert entry is not None
     assert entry.files == payload(2)
     assert list(cache.verify().values()) == [""]
+
+
+def test_what_its_reader_finds_damaged_is_moved_aside_too(cache: Cache) -> None:
+    cache.put(KEY, payload(1), {})
+    assert cache.get(KEY, lambda entry: len(entry.payload("plan"))) == 1 << 16
+    with pytest.warns(CacheWarning, match="damaged .it has no 'engine'"):
+        assert cache.get(KEY, lambda entry: entry.payload("engine")) is None
+    assert len(files_in(cache, "damaged")) == 1
 
 
 def test_of_two_damaged_entries_of_one_key_both_are_kept(cache: Cache) -> None:

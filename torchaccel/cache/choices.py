@@ -3,7 +3,6 @@
 They are remembered by problem, so an entry has the choices of one build; weights count by dtype and layout alone.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from torchaccel.backends.base import Backend
 from torchaccel.cache.canonical import dump
+from torchaccel.cache.entries import Entry, parsed, require
 from torchaccel.cache.program_key import NoKeyError, program_key
 from torchaccel.cache.store import Cache
 from torchaccel.errors import AccuracyError, BuildError
@@ -23,6 +23,7 @@ from torchaccel.program import Program
 from torchaccel.provenance import describe_device, versions
 
 _CHOOSERS = ("triton", "nvidia-cudnn-frontend")  # what is chosen from, besides PyTorch
+_ROUTE = {"route": str, "routes_ms": {str: float}, "routes_failed": {str: str}}
 
 
 @contextmanager
@@ -58,8 +59,27 @@ def kept(  # noqa: PLR0917
 
 
 def _known(cache: Cache, key: dict[str, Any]) -> dict[str, Any]:
-    entry = cache.get(key)
-    return {} if entry is None else json.loads(entry.files["choices"].decode("utf-8", "surrogatepass"))
+    return cache.get(key, _choices) or {}
+
+
+def _choices(entry: Entry) -> dict[str, Any]:
+    found = parsed(entry.payload("choices"), "what was chosen")
+    require(found, dict, "what was chosen")
+    for problem, choice in found.items():
+        require(choice, _shape(problem), f"what was chosen for {problem}")
+    return found
+
+
+def _shape(problem: str) -> Any:
+    """What is chosen for a problem: a route, a kernel by its name or, where no name begins it, a plan of cuDNN's."""
+    if problem.startswith('["route",'):
+        return _ROUTE
+    return str if problem.startswith('["') else (int, str)
+
+
+def deciding_versions() -> dict[str, Any]:
+    """The versions of all that has a part in a build, and of what is chosen from by timing."""
+    return {**versions(), **{name: distribution_version(name) for name in _CHOOSERS}}
 
 
 def _key(backend: Backend, program: Program, precision: Precision, device: torch.device) -> dict[str, Any] | None:
@@ -74,6 +94,6 @@ def _key(backend: Backend, program: Program, precision: Precision, device: torch
         "library": backend.library(),
         "precision": [precision.name, str(precision.dtype), precision.tf32],
         "device": describe_device(device),
-        "versions": {**versions(), **{name: distribution_version(name) for name in _CHOOSERS}},
+        "versions": deciding_versions(),
         "program": program_,
     }

@@ -24,9 +24,8 @@ def restore(flavour: str | None, device: torch.device, cache: Cache | None) -> N
     library = _specialising(flavour)
     if cache is None or library is None or library.has_kernels(device):
         return
-    entry = cache.get(_key("kernels", library, device))
-    if entry is not None and len(entry.files["kernels"]) <= MAX_BYTES:
-        library.begin_with_kernels(device, entry.files["kernels"])
+    if found := _found(cache, "kernels", library, device):
+        library.begin_with_kernels(device, found)
 
 
 def keep(flavour: str | None, device: torch.device, cache: Cache | None) -> None:
@@ -43,10 +42,8 @@ def timings_kept(library: trt.TensorRT | None, device: torch.device, cache: Cach
     if cache is None or library is None or library.is_rtx:
         yield
         return
-    if not library.timings(device):
-        entry = cache.get(_key("timings", library, device))
-        if entry is not None and len(entry.files["timings"]) <= MAX_BYTES:
-            library.begin_with_timings(device, entry.files["timings"])
+    if not library.timings(device) and (found := _found(cache, "timings", library, device)):
+        library.begin_with_timings(device, found)
     before = library.timings(device)
     yield
     if refusal := library.take_refusal(device):
@@ -60,6 +57,11 @@ def _specialising(flavour: str | None) -> trt.TensorRT | None:
     """The TensorRT of a plan, if it specialises kernels on the GPU; a plan of PyTorch's own names none."""
     library = None if flavour is None else trt.load(flavour)
     return library if library is not None and library.is_rtx else None
+
+
+def _found(cache: Cache, kind: str, library: trt.TensorRT, device: torch.device) -> bytes | None:
+    found = cache.get(_key(kind, library, device), lambda entry: entry.payload(kind))
+    return found if found is not None and len(found) <= MAX_BYTES else None
 
 
 def _put(cache: Cache, kind: str, library: trt.TensorRT, device: torch.device, found: bytes) -> None:

@@ -1,5 +1,6 @@
 """Plans that outlive their process: what one depends on, the way into the cache and back, and what does not serve."""
 
+import functools
 import time
 import warnings
 from collections import Counter
@@ -12,7 +13,7 @@ import torch
 
 from torchaccel.backends.base import Backend, Plan
 from torchaccel.cache import choices, kernels
-from torchaccel.cache.entries import Entry
+from torchaccel.cache.entries import DamagedError, Entry, require
 from torchaccel.cache.program_key import NoKeyError, program_key
 from torchaccel.cache.store import Cache
 from torchaccel.errors import AccuracyError, BuildError, CacheWarning
@@ -21,12 +22,15 @@ from torchaccel.fused.notes import Notes
 from torchaccel.interrupts import interruption_point
 from torchaccel.memory import is_out_of_memory
 from torchaccel.options import Options
-from torchaccel.precision import PRECISIONS
+from torchaccel.precision import PRECISIONS, Precision
 from torchaccel.program import Program
 from torchaccel.provenance import describe_gpu, versions
 from torchaccel.report import Coverage, EngineRecord
 
 Served = TypeVar("Served")
+_COUNTS = {str: int}
+_MANIFEST = {"flavour": str | None, "inputs": [(int, str)], "outputs": [str], "fp32_products": bool}
+_INFO = {"library": str, "coverage": (_COUNTS, _COUNTS, int), "manifest": _MANIFEST}
 
 
 @dataclass
@@ -120,17 +124,18 @@ def plan_for(
         key = plan_key(backend, program, options, gpu or describe_gpu(device))
     except NoKeyError as error:
         return Found(build(), why_not_kept=f"it has {error}")
-    entry = cache.get(key)
-    if entry is None:
+    restored = functools.partial(_restored, backend, precision)
+    known = cache.get(key, restored)
+    if known is None:
         with cache.lock(key):
-            entry = cache.get(key)  # whoever held the lock has built it
-            if entry is None:
+            known = cache.get(key, restored)  # whoever held the lock has built it
+            if known is None:
                 plan = build()
                 if plan.manifest.get("program") or not isinstance(plan.payload, bytes):
                     return Found(plan, why_not_kept="parts of it run outside engines")
                 cache.put(key, {"engine": plan.payload}, {"what": f"{what} {options.precision}", **_plain(plan)})
                 return Found(plan, cache=cache, key=key)
-    return Found(_restored(entry, backend, options), from_cache=True, cache=cache, key=key)
+    return Found(known, from_cache=True, cache=cache, key=key)
 
 
 def plan_key(backend: Backend, program: Program, options: Options, gpu: dict[str, Any]) -> dict[str, Any]:
@@ -157,10 +162,13 @@ def _plain(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _restored(entry: Entry, backend: Backend, options: Options) -> Plan:
+def _restored(backend: Backend, precision: Precision, entry: Entry) -> Plan:
     info = entry.info
+    require(info, _INFO, "what it says of the engine")
+    library = backend.tensorrt()
+    if info["manifest"]["flavour"] != (library and library.flavour):
+        raise DamagedError("it is the engine of another TensorRT")
     manifest = {**info["manifest"], "inputs": [tuple(pair) for pair in info["manifest"]["inputs"]]}
     inside, outside, engines = info["coverage"]
     coverage = Coverage(Counter(inside), Counter(outside), engines)
-    precision = PRECISIONS[options.precision]
-    return Plan(backend.name, precision, entry.files["engine"], manifest, coverage, info["library"])
+    return Plan(backend.name, precision, entry.payload("engine"), manifest, coverage, info["library"])

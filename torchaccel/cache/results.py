@@ -1,11 +1,13 @@
 """Races that outlive their process: what a race's result depends on, the way into the cache and back."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from torchaccel.backends.base import Backend
+from torchaccel.cache.entries import DamagedError, Entry, require
 from torchaccel.cache.program_key import program_key
 from torchaccel.cache.store import Cache
 from torchaccel.options import RACE_BUDGET_S, Options
@@ -13,6 +15,9 @@ from torchaccel.probes import distribution_version
 from torchaccel.program import Program
 from torchaccel.provenance import describe_device, versions
 from torchaccel.report import RaceEntry, RaceRecord
+
+_ENTRY: dict[str, Any] = get_type_hints(RaceEntry)
+_RACE: dict[str, Any] = {**get_type_hints(RaceRecord), "entries": [_ENTRY]}
 
 
 def race_key(
@@ -41,14 +46,19 @@ def race_key(
 
 def remembered(cache: Cache, key: dict[str, Any]) -> RaceRecord | None:
     """The race that the cache has under a key, marked as such; None where there is none."""
-    entry = cache.get(key)
-    if entry is None:
-        return None
-    race = entry.info["race"]
-    entries = tuple(RaceEntry(**entry) for entry in race["entries"])
-    return RaceRecord(**{**race, "entries": entries, "from_cache": True})
+    return cache.get(key, functools.partial(_race, [name for name, _ in key["field"]]))
 
 
 def remember(cache: Cache, key: dict[str, Any], race: RaceRecord, what: str) -> None:
     """Keep a race; `what` is for people, in listings."""
     cache.put(key, {}, {"what": f"{what} for {race.objective}: {race.winner.name}", "race": race.to_dict()})
+
+
+def _race(field: Sequence[str], entry: Entry) -> RaceRecord:
+    """The race in an entry, whose winner is one of the field."""
+    race: Any = entry.info.get("race")
+    require(race, _RACE, "the race")
+    entries = tuple(RaceEntry(**{name: one[name] for name in _ENTRY}) for one in race["entries"])
+    if [one.name in field for one in entries if one.outcome == "won"] != [True]:
+        raise DamagedError("the race has no winner of the field")
+    return RaceRecord(**{**{name: race[name] for name in _RACE}, "entries": entries, "from_cache": True})

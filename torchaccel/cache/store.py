@@ -11,10 +11,10 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torchaccel.cache import compilers
 from torchaccel.cache.canonical import canonical, key_digest
@@ -25,6 +25,8 @@ from torchaccel.locks import hold
 DEFAULT_LIMIT_GIB = 10.0
 DAMAGED_KEPT = 4  # entries that were moved aside
 LOCK_LIMIT_S = 600.0  # after it a process builds for itself: whoever holds the lock may hang
+
+Found = TypeVar("Found")
 
 
 def cache_folder() -> Path:
@@ -82,11 +84,20 @@ class Cache:
         """Where the entry of a key is, or would be."""
         return self._entries / key_digest(key)
 
-    def get(self, key: Any) -> Entry | None:
-        """The entry of `key`, whole and checked, or None; what is damaged is moved aside, with a warning."""
+    @overload
+    def get(self, key: Any) -> Entry | None: ...
+
+    @overload
+    def get(self, key: Any, of: Callable[[Entry], Found]) -> Found | None: ...
+
+    def get(self, key: Any, of: Callable[[Entry], Any] = lambda entry: entry) -> Any:
+        """The entry of `key`, whole and checked, or what `of` makes of it; None where there is none.
+
+        What is damaged, as `of` too may find by a `DamagedError`, is moved aside, with a warning.
+        """
         path = self.path(key)
         try:
-            entry = read(path, canonical(key))
+            found = of(read(path, canonical(key)))
             with suppress(OSError):  # a folder that is only read has no order of use
                 os.utime(path)
         except FileNotFoundError:
@@ -97,7 +108,7 @@ class Cache:
         except DamagedError as error:
             self._move_aside(path, str(error))
             return None
-        return entry
+        return found
 
     def put(self, key: Any, files: Mapping[str, bytes], info: Mapping[str, Any]) -> None:
         """Keep `files`, and the plain data of `info`, under `key`, a dict with a `"kind"`; an older entry goes."""
