@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from torchaccel import helper as module
+from torchaccel.cache.folder import MARKER, make_own_folder
 from torchaccel.cache.store import cache_folder
 from torchaccel.helper import Helper
 from torchaccel.probes import cxx_compiler
@@ -33,7 +34,7 @@ def test_a_compiler_that_is_missing_or_fails_leaves_a_reason_and_no_file(
     helper = Helper()
     assert helper.wait() is None
     assert helper.problem
-    assert not any((tmp_path / "cache").iterdir())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [MARKER]
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -47,8 +48,8 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 @needs_compiler
 def test_a_damaged_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert Helper().wait() is not None
-    (whole,) = cache_folder().glob(f"watch-{module._key()}*")
-    monkeypatch.setenv("TORCHACCEL_CACHE_DIR", str(tmp_path))
+    (whole,) = make_own_folder(cache_folder()).glob(f"watch-{module._key()}*")
+    monkeypatch.setenv("TORCHACCEL_CACHE_DIR", str(make_own_folder(tmp_path)))
     (tmp_path / whole.name).write_bytes(b"no library")
     helper = Helper()
     assert helper.wait() is not None, helper.problem

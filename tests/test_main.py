@@ -69,11 +69,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return Cache(tmp_path / "cache", 1 << 30)
 
 
-def test_an_empty_cache_is_listed_verified_and_cleared(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
-    for action in ([], ["list"], ["verify"], ["clear"]):
-        assert main(["cache", *action]) == 0
-        assert str(cache.folder)[:40] in capsys.readouterr().out.replace("\n", "")
+@pytest.mark.parametrize("action", [[], ["list"], ["verify"], ["clear"]])
+def test_a_folder_without_a_cache_is_an_error_and_is_left_as_it_is(
+    cache: Cache, capsys: pytest.CaptureFixture[str], tmp_path: Path, action: list[str]
+) -> None:
+    assert main(["cache", *action]) == 1
+    assert f"there is no cache in {cache.folder}: --dir" in capsys.readouterr().err
     assert not cache.folder.exists()
+    mine = [tmp_path / "mine" / name for name in ("triton/.git", "entries/table.csv", "busy/notes.txt")]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    assert main(["cache", *action, "--dir", str(tmp_path / "mine")]) == 1
+    assert all(path.read_text() == "mine" for path in mine)
+    assert main(["cache", *action, "--dir", str(mine[0])]) == 1
 
 
 def test_the_cache_is_listed_verified_and_cleared(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,9 @@ def _cache(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     try:
+        if cache.root is None:
+            print(f"there is no cache in {cache.folder}: --dir names the folder of another", file=sys.stderr)
+            return 1
         return {"list": _list, "verify": _verify, "clear": _clear}[arguments.action](cache)
     except OSError as error:
         print(f"the cache in {cache.folder} cannot be read or changed: {error}", file=sys.stderr)
@@ -47,7 +50,7 @@ def _list(cache: Cache) -> int:
     entries = cache.entries() + cache.compiled()
     total = sum(entry.size_bytes for entry in entries)
     share = f"{len(entries)} entries, {total / 2**20:.1f} of at most {cache.limit_bytes / 2**20:.0f} MiB"
-    table = Table("kind", "what", "MiB", "last used", title=f"{cache.folder}: {share}", title_justify="left")
+    table = Table("kind", "what", "MiB", "last used", title=f"{cache.root}: {share}", title_justify="left")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used_s))
         cells = entry.kind, str(entry.info.get("what", "")), f"{entry.size_bytes / 2**20:.1f}", used
@@ -62,13 +65,13 @@ def _verify(cache: Cache) -> int:
     for path, why in damaged.items():
         print(f"damaged: {path}: {why}")
     advice = "; they are built again where they are needed, or removed by `clear`" if damaged else ""
-    print(f"{cache.folder}: {len(found) - len(damaged)} of {len(found)} entries are whole{advice}")
+    print(f"{cache.root}: {len(found) - len(damaged)} of {len(found)} entries are whole{advice}")
     return 1 if damaged else 0
 
 
 def _clear(cache: Cache) -> int:
     files, size = cache.clear()
-    print(f"{cache.folder}: removed {files} entries, {size / 2**20:.1f} MiB")
+    print(f"{cache.root}: removed {files} entries, {size / 2**20:.1f} MiB")
     return 0
 
 

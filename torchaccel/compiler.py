@@ -88,7 +88,8 @@ def compile(
             which is the same at a given batch) or of batches from the host through `stream()` ("stream").
         race_budget_s: after how many seconds a race builds no further candidate; None is 600.
         cache_dir: where engines, races and compiled kernels are kept between processes, all in one folder of bounded
-            size; None takes `$TORCHACCEL_CACHE_DIR` or the user's cache folder, False keeps none.
+            size (`torchaccel-cache` in it, if it has other files); None takes `$TORCHACCEL_CACHE_DIR` or the user's
+            cache folder, False keeps none.
         unknown: nothing; any other name is answered with the ones that come close.
 
     Raises:

@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 
+from torchaccel.cache.folder import make_own_folder, own_folder
 from torchaccel.cache.store import cache_folder
 from torchaccel.probes import cxx_compiler
 
@@ -67,13 +68,13 @@ helper = Helper()
 
 def _compiled() -> Path:
     """The shared library, compiled unless it is there; it appears whole or not at all."""
-    target = cache_folder() / f"watch-{_key()}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if target.is_file():
-        return target
+    name, known = f"watch-{_key()}{sysconfig.get_config_var('EXT_SUFFIX')}", own_folder(cache_folder())
+    if known is not None and (known / name).is_file():
+        return known / name
     compiler = cxx_compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler: install g++, or set CXX")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = make_own_folder(cache_folder()) / name
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / "watch.so"
         command = [compiler, *_flags(), str(SOURCE), "-o", str(output), *_libraries()]

@@ -1,5 +1,6 @@
 """What the tests of the cache run in other processes. They fork from one without PyTorch, which makes forks slow."""
 
+import functools
 import os
 import random
 import signal
@@ -109,6 +110,29 @@ def _check_what_is_left(cache: Cache, work: str) -> None:
     assert os.listdir(cache.folder / "busy") == []
 
 
+def begin(folder: str) -> None:
+    """Kill a process at each moment of beginning a cache, in turn, each time beside others that begin it too."""
+    for moment in range(1, 5000, 5):
+        cache = Cache(f"{folder}/{moment}", LIMIT)
+
+        def act(moment: int = moment, cache: Cache = cache) -> None:
+            die_at(moment)
+            cache.put(KEY, payload(1), {})
+            sys.setprofile(None)
+
+        others = [forked(functools.partial(cache.put, KEY, payload(1), {})) for _ in range(2)]
+        status = ended(forked(act))
+        assert [ended(pid) for pid in others] == [0, 0]
+        assert cache.root == cache.folder, f"one that began at moment {moment} took it for another's folder"
+        assert cache.get(KEY) is not None
+        assert set(os.listdir(cache.folder)) == {"CACHEDIR.TAG", "busy", "entries"}
+        if status == 0:
+            assert moment > 50, moment
+            return
+        assert status == -signal.SIGKILL, status
+    raise AssertionError("it never came to its end")
+
+
 def kill_while_writing(folder: str) -> None:
     """Kill a process at random moments of writing a large entry again and again."""
     cache, drawn = Cache(folder, LIMIT), random.Random(0)
@@ -136,7 +160,7 @@ def _build(cache: Cache, seconds: float) -> None:
     if cache.get(KEY) is None:
         with cache.lock(KEY):
             if cache.get(KEY) is None:
-                with open(cache.folder / "builds", "ab") as file:
+                with open(_log(cache), "ab") as file:
                     file.write(b"%d\n" % os.getpid())
                 time.sleep(seconds)
                 cache.put(KEY, payload(1), {})
@@ -148,10 +172,9 @@ def _build(cache: Cache, seconds: float) -> None:
 def race(folder: str, processes: int, victims: int) -> None:
     """Let processes race for one key, and kill the first so many builders; those left build once."""
     cache = Cache(folder, LIMIT)
-    cache.folder.mkdir(exist_ok=True)
     for _ in range(3):
         cache.discard(KEY)
-        (cache.folder / "builds").write_bytes(b"")
+        _log(cache).write_bytes(b"")
         pids = [forked(lambda: _build(cache, 0.1)) for _ in range(processes)]
         killed: list[int] = []
         while len(killed) < victims:
@@ -181,7 +204,11 @@ def exclude(folder: str) -> None:
 
 
 def _builders(cache: Cache) -> list[int]:
-    return [int(line) for line in (cache.folder / "builds").read_text().splitlines(keepends=True) if "\n" in line]
+    return [int(line) for line in _log(cache).read_text().splitlines(keepends=True) if "\n" in line]
+
+
+def _log(cache: Cache) -> Path:
+    return cache.folder.with_name("builds")
 
 
 if __name__ == "__main__":

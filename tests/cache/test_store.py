@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.cache.processes import KEY, LIMIT, payload
 from torchaccel.cache import store as module
 from torchaccel.cache.canonical import canonical
 from torchaccel.cache.entries import head
+from torchaccel.cache.folder import MARKER, TEXT
 from torchaccel.cache.store import Cache, cache_folder, limit_bytes, open_cache
 from torchaccel.errors import CacheWarning, OptionError
 
@@ -77,16 +79,15 @@ def test_only_its_owner_may_read_what_is_kept(cache: Cache) -> None:
     flip(-1)(cache.path(KEY))
     with pytest.warns(CacheWarning):
         assert cache.get(KEY) is None
-    with Cache(cache.folder / "locked first", LIMIT).lock(KEY):
+    with Cache(cache.folder / "busy" / "locked first", LIMIT).lock(KEY):
         pass
-    cache.put(KEY, payload(1), {})
-    found = [path for path in cache.folder.rglob("*") if path.name != "locked first"]
-    assert {path.name for path in found if path.is_dir()} == {"entries", "damaged", "busy"}
+    found = list(cache.folder.rglob("*"))
+    assert {path.name for path in found if path.is_dir()} == {"entries", "damaged", "busy", "locked first"}
     assert all(path.stat().st_mode & 0o077 == 0 for path in found)
 
 
 def test_nothing_in_it_is_unpickled() -> None:
-    names = ("cache/store", "cache/canonical", "cache/entries", "cache/shapes", "locks")
+    names = (*(f"cache/{name}" for name in ("store", "canonical", "entries", "files", "folder", "shapes")), "locks")
     text = "".join((ROOT / "torchaccel" / f"{name}.py").read_text() for name in names)
     assert not [line for line in text.splitlines() if "import" in line and ("pickle" in line or "torch " in line)]
     assert "torch.load" not in text
@@ -121,6 +122,10 @@ def test_a_process_killed_while_it_writes_leaves_a_usable_cache(in_memory: Cache
 @pytest.mark.parametrize(("processes", "victims"), [(2, 0), (8, 0), (8, 2)])
 def test_of_processes_that_race_for_one_key_one_builds(cache: Cache, processes: int, victims: int) -> None:
     in_a_process("race", cache.folder, processes, victims)
+
+
+def test_processes_that_begin_a_cache_at_once_and_are_killed_share_it(in_memory: Cache) -> None:
+    in_a_process("begin", in_memory.folder)
 
 
 def test_one_process_at_a_time_holds_a_lock_whose_file_comes_and_goes(cache: Cache) -> None:
@@ -342,6 +347,40 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert sum(entry.size_bytes for entry in cache.entries()) <= cache.limit_bytes
 
 
+def test_after_the_clock_went_back_what_is_kept_is_what_is_used(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 3 * 67_000)
+    kernel = tmp_path / "triton/KERNEL/kernel.cubin"
+    cache.put(key(0), payload(0), {})
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(bytes(67_000))
+    for path in (cache.path(key(0)), kernel):
+        os.utime(path, (time.time() + 86400 * 365,) * 2)
+    for number in (1, 2, 3):
+        cache.put(key(number), payload(number), {})
+        assert cache.get(key(number)) is not None
+        time.sleep(0.01)
+    assert not kernel.exists()
+    assert [cache.get(key(number)) is not None for number in range(4)] == [False, True, True, True]
+
+
+def test_what_is_dated_in_the_future_and_used_is_dated_anew(cache: Cache) -> None:
+    for number in range(2):
+        cache.put(key(number), payload(number), {})
+        os.utime(cache.path(key(number)), (time.time() + 86400,) * 2)
+    assert cache.get(key(0)) is not None
+    Cache(cache.folder, 2 * 67_000).put(key(2), payload(2), {})
+    assert [cache.get(key(number)) is not None for number in range(3)] == [True, False, True]
+
+
+def test_what_has_just_been_written_never_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path, 2 * 67_000)
+    for number in range(2):
+        cache.put(key(number), payload(number), {})
+        os.utime(cache.path(key(number)), (time.time() + 30,) * 2)  # as another machine's clock may be ahead
+    cache.put(key(2), payload(2), {})
+    assert [cache.get(key(number)) is not None for number in range(3)] == [False, True, True]
+
+
 def test_what_is_larger_than_all_of_it_is_not_kept_and_costs_nothing_else(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 100_000)
     cache.put(key(1), payload(1), {})
@@ -520,30 +559,114 @@ def test_clear_removes_everything_but_what_is_not_the_caches(cache: Cache) -> No
     flip(-1)(cache.path(key(0)))
     with pytest.warns(CacheWarning):
         cache.get(key(0))
-    (cache.folder / "busy" / "dead.new").write_bytes(b"left")
+    (cache.folder / "busy" / f"{'a' * 32}.new").write_bytes(b"left")
     with cache.lock(KEY):
         files, size = cache.clear()
         assert len(files_in(cache, "busy")) == 1, "what is in use stays"
     assert files == 3
     assert size > 3 * 65536
-    assert [path.name for path in cache.folder.rglob("*") if path.is_file()] == ["watch-helper.so"]
+    assert {path.name for path in cache.folder.rglob("*") if path.is_file()} == {"watch-helper.so", "CACHEDIR.TAG"}
     assert cache.clear() == (0, 0)
 
 
-def test_what_somebody_put_among_the_entries_is_listed_and_goes_like_them(cache: Cache) -> None:
+# --- what is not the cache's ---
+
+
+FOREIGN = ("entries/table.csv", "busy/notes.txt", "busy/empty", "damaged/car.jpg", "triton/.git/HEAD", "inductor/a.py")
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    for number, name in enumerate(FOREIGN):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine" if number != 2 else "")
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_in_a_folder_with_other_files_a_cache_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    mine = foreign_files(tmp_path)
+    cache = Cache(tmp_path, 100_000)
+    assert (cache.root, cache.entries(), cache.compiled(), cache.clear()) == (None, [], [], (0, 0))
+    for number in range(3):
+        cache.put(key(number), payload(number), {})
+        flip(-1)(cache.path(key(number)))
+        with cache.lock(KEY), pytest.warns(CacheWarning, match="damaged"):
+            assert cache.get(key(number)) is None
+    cache.put(KEY, payload(1), {})
+    assert cache.root == tmp_path / "torchaccel-cache"
+    assert cache.clear()[0] == 1
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([*mine, cache.root / MARKER])
+    assert len(os.listdir(tmp_path)) == 6
+    for path in mine:
+        path.unlink()
+    assert cache.root == tmp_path / "torchaccel-cache"
+
+
+def test_what_somebody_put_into_a_cache_stays(cache: Cache) -> None:
     cache.put(key(0), payload(0), {})
+    mine = foreign_files(cache.folder)[1:]
+    mine = [path for path in mine if path.is_relative_to(cache.folder / "busy") or "csv" in path.name]
     entries = cache.path(key(0)).parent
     (entries / "folder").mkdir()
-    (entries / "folder" / "file").write_text("foreign")
-    (entries / "nowhere").symlink_to(entries / "gone")
-    (entries / "loop").symlink_to(entries / "loop")
     (entries / "outside").symlink_to(cache.folder.parent)
-    assert sorted(entry.kind for entry in cache.entries()) == ["damaged"] * 4 + ["plan"]
-    assert sum(bool(why) for why in cache.verify().values()) == 4
-    cache.put(key(1), payload(1), {})
-    assert cache.clear()[0] == 6
-    assert list(entries.iterdir()) == []
-    assert cache.folder.parent.is_dir()
+    assert [entry.kind for entry in cache.entries()] == ["plan"]
+    assert list(cache.verify().values()) == [""]
+    Cache(cache.folder, 70_000).put(key(1), payload(1), {})
+    assert cache.get(key(0)) is None
+    assert cache.clear()[0] > 0
+    assert len(mine) == 3
+    assert all(path.exists() for path in mine)
+    assert {path.name for path in entries.iterdir()} == {"folder", "outside", "table.csv"}
+
+
+def test_a_marker_is_that_of_the_specification(cache: Cache) -> None:
+    cache.put(KEY, payload(1), {})
+    lines = (cache.folder / "CACHEDIR.TAG").read_text().splitlines()
+    assert lines[0] == "Signature: 8a477f597d28d172789f06886806bc55"
+    assert "torchaccel" in lines[1]
+
+
+@pytest.mark.parametrize("written", [0, 10, len(TEXT)])
+def test_a_marker_that_was_begun_is_ended(tmp_path: Path, written: int) -> None:
+    (tmp_path / MARKER).write_bytes(TEXT[:written])
+    cache = Cache(tmp_path, LIMIT)
+    cache.put(KEY, payload(1), {})
+    assert cache.root == tmp_path
+    assert (tmp_path / MARKER).read_bytes() == TEXT
+
+
+def test_another_tool_s_cache_is_not_ours(tmp_path: Path) -> None:
+    theirs = TEXT.splitlines()[0] + b"\n# This file is a cache directory tag created by cargo.\n"
+    (tmp_path / MARKER).write_bytes(theirs)
+    cache = Cache(tmp_path, LIMIT)
+    cache.put(KEY, payload(1), {})
+    assert cache.root == tmp_path / "torchaccel-cache"
+    assert (tmp_path / MARKER).read_bytes() == theirs
+
+
+def test_a_cache_without_a_marker_is_neither_read_nor_changed(cache: Cache) -> None:
+    cache.put(KEY, payload(1), {})
+    flip(-1)(cache.path(KEY))
+    (cache.folder / MARKER).unlink()
+    path = cache.path(KEY)
+    assert cache.get(KEY) is None
+    cache.discard(KEY)
+    assert path.exists()
+
+
+def test_where_both_folders_are_anothers_nothing_is_kept(tmp_path: Path) -> None:
+    mine = [*foreign_files(tmp_path / "torchaccel-cache"), *foreign_files(tmp_path)]
+    (message,) = used(Cache(tmp_path, LIMIT))
+    assert "not empty, and no cache of torchaccel's" in message
+    assert f"{tmp_path}/torchaccel-cache" in message
+    assert set(mine) == {path for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_is_removed_meanwhile_is_marked_again(cache: Cache) -> None:
+    for _ in range(2):
+        cache.put(KEY, payload(1), {})
+        assert cache.get(KEY) is not None
+        shutil.rmtree(cache.folder)
+        assert cache.get(KEY) is None
 
 
 def test_a_relative_folder_is_that_of_when_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ unless the user has, and then sets what PyTorch itself does at its first compila
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ class _UnderWay:
 
 
 @contextmanager
-def kept_in(folder: Path, device: Any) -> Iterator[None]:
-    """Have what is compiled meanwhile for a `torch.device` kept in `folder`; raises `OSError` where it cannot be.
+def kept_in(make_folder: Callable[[], Path], device: Any) -> Iterator[None]:
+    """Have what is compiled meanwhile for a `torch.device` kept in one folder; raises `OSError` where it cannot be.
 
-    Nothing changes where the user has named a folder, nor under a compilation: its end is waited for. What other
-    threads compile meanwhile is kept in `folder` too.
+    Nothing changes, and no folder is made, where the user has named one; nor under a compilation: its end is waited
+    for. What other threads compile meanwhile is kept there too.
     """
     from torch._dynamo.convert_frame import compile_lock
 
@@ -36,6 +36,7 @@ def kept_in(folder: Path, device: Any) -> Iterator[None]:
         if _UnderWay.count == 0:
             _UnderWay.after = _defaults(device)
             if _UnderWay.after is not None:
+                folder = make_folder()
                 os.environ.update({FOLDERS[name]: _made(folder / name) for name in FOLDERS})
         _UnderWay.count += 1
     try:

@@ -5,7 +5,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,11 +76,8 @@ def serve(
         flavour, notes = plan.manifest.get("flavour"), Notes()
         try:
             kernels.restore(flavour, device, cache)
-            with (
-                choices.kept(backend, program, precision, device, plans_of, what) as notes,
-                cache.compiling(device) if cache and backend.compiles else nullcontext(),
-            ):
-                served = load(plan)
+            with choices.kept(backend, program, precision, device, plans_of, what) as notes:
+                served = _loaded(load, plan, device, cache if backend.compiles else None, record)
         except (BuildError, AccuracyError) as error:
             if is_out_of_memory(error):
                 raise
@@ -95,6 +91,29 @@ def serve(
         whose = "the engine from the cache" if found.from_cache else "the engine with choices from the cache"
         warnings.warn(f"{whose} does not serve, and is built again: {reason}", CacheWarning, 2)
         record.gates, plans_of = (), None
+
+
+def _loaded(
+    load: Callable[[Plan], Served], plan: Plan, device: torch.device, cache: Cache | None, record: EngineRecord
+) -> Served:
+    """What `load` makes of a plan; what it compiles is kept in the cache, or elsewhere once the disk there is full."""
+    if cache is None:
+        return load(plan)
+    try:
+        with cache.compiling(device) as is_kept:
+            return load(plan)
+    except BuildError as error:
+        if not is_kept or cache.has_room() or is_out_of_memory(error):
+            raise
+        reason = str(error)
+    warnings.warn(
+        f"the disk of the cache {cache.folder} is full, and compiling there failed: it is done again, and kept where "
+        f"PyTorch keeps it by itself. {reason}",
+        CacheWarning,
+        stacklevel=2,
+    )
+    record.gates = ()
+    return load(plan)
 
 
 def plan_for(

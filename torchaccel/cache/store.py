@@ -2,16 +2,18 @@
 
 An entry is one file, named by the SHA-256 of its key; it appears whole or not at all. What is being written, and who
 builds what, is marked by locks that end with their process, so that a kill at any moment leaves nothing to mend.
+Files are removed in a folder alone that is marked as the cache's own, and those alone that have names of ours.
 """
 
 import errno
 import fcntl
 import functools
 import os
+import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -19,12 +21,15 @@ from typing import Any, TypeVar, overload
 from torchaccel.cache import compilers
 from torchaccel.cache.canonical import canonical, key_digest
 from torchaccel.cache.entries import DamagedError, Entry, head, listed, problem, read
+from torchaccel.cache.files import by_age, past, remove, size_of, sweep, write
+from torchaccel.cache.folder import make_own_folder, own_folder
 from torchaccel.errors import CacheWarning, OptionError
 from torchaccel.locks import hold
 
 DEFAULT_LIMIT_GIB = 10.0
 DAMAGED_KEPT = 4  # entries that were moved aside
 LOCK_LIMIT_S = 600.0  # after it a process builds for itself: whoever holds the lock may hang
+ROOM_BYTES = 64 << 20  # that must be free for PyTorch's compilers, which fail on a full disk
 
 Found = TypeVar("Found")
 
@@ -77,12 +82,16 @@ class Cache:
     def __init__(self, folder: str | os.PathLike[str], limit_bytes: int) -> None:
         self.folder = Path(folder)
         self.limit_bytes = limit_bytes
-        self._entries, self._damaged, self._busy = (self.folder / name for name in ("entries", "damaged", "busy"))
         self._told: set[str] = set()
+
+    @property
+    def root(self) -> Path | None:
+        """The cache's own folder: `folder`, or a sub-folder beside what others have there; None where there is none."""
+        return own_folder(self.folder)
 
     def path(self, key: Any) -> Path:
         """Where the entry of a key is, or would be."""
-        return self._entries / key_digest(key)
+        return _path(self.root or self.folder, key)
 
     @overload
     def get(self, key: Any) -> Entry | None: ...
@@ -95,8 +104,11 @@ class Cache:
 
         What is damaged, as `of` too may find by a `DamagedError`, is moved aside, with a warning.
         """
-        path = self.path(key)
         try:
+            root = self.root
+            if root is None:
+                return None
+            path = _path(root, key)
             found = of(read(path, canonical(key)))
             with suppress(OSError):  # a folder that is only read has no order of use
                 os.utime(path)
@@ -122,37 +134,28 @@ class Cache:
             )
             return
         try:
-            for folder in (self._entries, self._busy):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sweep()
-            self._write(self.path(key), (first, *files.values()))
-            self._bound()
+            root = make_own_folder(self.folder)
+            for name in ("entries", "busy"):
+                (root / name).mkdir(mode=0o700, exist_ok=True)
+            sweep(root)
+            path = _path(root, key)
+            write(path, root / "busy", (first, *files.values()))
+            self._bound(root, path)
         except OSError as error:
             self._complain("write", error)
 
-    def _write(self, path: Path, parts: Sequence[bytes]) -> None:
-        temporary = self._busy / f"{uuid.uuid4().hex}.new"
-        descriptor = hold(temporary, deadline_s=None)
-        try:
-            with open(descriptor, "wb", closefd=False) as file:
-                for part in parts:
-                    file.write(part)
-            os.fsync(descriptor)
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
-
     @contextmanager
-    def lock(self, key: Any) -> Iterator[None]:
-        """Hold the only right, among all processes and threads, to build what belongs to `key`."""
-        path, descriptor = self._busy / f"{key_digest(key)}.lock", None
+    def lock(self, key: Any, longer_s: float = 0.0) -> Iterator[None]:
+        """Hold the only right, among all processes and threads, to build what belongs to `key`.
+
+        Another that lives is waited for as long as most builds take at most, and so many seconds longer.
+        """
+        descriptor = None
         try:
-            self._busy.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = hold(path, time.monotonic() + LOCK_LIMIT_S)
+            busy = make_own_folder(self.folder) / "busy"
+            busy.mkdir(mode=0o700, exist_ok=True)
+            path = busy / f"{key_digest(key)}.lock"
+            descriptor = hold(path, time.monotonic() + LOCK_LIMIT_S + longer_s)
         except OSError as error:  # then two may build the same
             self._complain("lock", error)
         try:
@@ -164,24 +167,44 @@ class Cache:
                 os.close(descriptor)
 
     @contextmanager
-    def compiling(self, device: Any) -> Iterator[None]:
-        """Have Inductor and Triton keep in this cache what is compiled meanwhile for a `torch.device`."""
+    def compiling(self, device: Any) -> Iterator[bool]:
+        """Have Inductor and Triton keep in this cache what is compiled meanwhile for a `torch.device`.
+
+        Not so where the disk has next to no room: they would fail there, where we only miss. It gives whether they do.
+        """
         with ExitStack() as stack:
+            is_kept = False
             try:
-                stack.enter_context(compilers.kept_in(self.folder, device))
+                stack.enter_context(compilers.kept_in(self._roomy_folder, device))
+                is_kept = True
             except OSError as error:
                 self._complain("write", error)
-            yield
+            yield is_kept
         try:
-            self._bound()
+            if root := self.root:
+                self._bound(root)
         except OSError as error:
             self._complain("write", error)
 
+    def _roomy_folder(self) -> Path:
+        root = make_own_folder(self.folder)
+        if not self.has_room():
+            raise OSError(errno.ENOSPC, f"fewer than {ROOM_BYTES >> 20} MiB are free for what PyTorch compiles")
+        return root
+
+    def has_room(self) -> bool:
+        """Whether the disk has room for what PyTorch's compilers write."""
+        root = self.root
+        return root is not None and shutil.disk_usage(root).free >= ROOM_BYTES
+
     def compiled(self) -> list[Entry]:
         """What Inductor and Triton have in this cache, each as one entry, where they have anything."""
-        parts, found = compilers.parts(self.folder), []
+        root = self.root
+        if root is None:
+            return []
+        parts, found = compilers.parts(root), []
         for name in compilers.FOLDERS:
-            path = self.folder / name
+            path = root / name
             held = [(used, size) for used, part, size in parts if part.is_relative_to(path)]
             if held:
                 last_used, size = max(held)[0] / 1e9, sum(size for _, size in held)
@@ -191,54 +214,53 @@ class Cache:
     def discard(self, key: Any) -> None:
         """Forget the entry of `key`."""
         with suppress(OSError):
-            self.path(key).unlink(missing_ok=True)
+            if root := self.root:
+                _path(root, key).unlink(missing_ok=True)
 
     def entries(self) -> list[Entry]:
         """What is there, without payloads, the last used first; what is damaged has the kind `"damaged"`."""
-        return [listed(path) for _, path in reversed(_by_age(self._entries))]
+        return [listed(path) for path in reversed(self._paths("entries"))]
 
     def verify(self) -> dict[Path, str]:
         """Read all of it: for each entry why it is damaged, or "" where it is whole. Nothing is changed."""
-        return {path: problem(path) for _, path in _by_age(self._entries)}
+        return {path: problem(path) for path in self._paths("entries")}
 
     def clear(self) -> tuple[int, int]:
         """Remove all entries, what was moved aside and what was compiled; returns how many, and how many bytes."""
-        paths = [path for folder in (self._entries, self._damaged) for _, path in _by_age(folder)]
-        removed = [_remove(path) for path in paths]
-        self._sweep()
+        root = self.root
+        if root is None:
+            return 0, 0
+        removed = [remove(path) for path in self._paths("entries", "damaged")]
+        sweep(root)
         for entry in self.compiled():
             removed.append(entry.size_bytes)
             compilers.remove(entry.path)
         return sum(size is not None for size in removed), sum(filter(None, removed))
 
-    def _move_aside(self, path: Path, why: str) -> None:
-        with suppress(OSError):  # where it has to stay, the new entry replaces it
-            self._damaged.mkdir(mode=0o700, exist_ok=True)
-            path.replace(self._damaged / f"{path.name}-{uuid.uuid4().hex[:8]}")
-            self._bound()
-        self._warn(f"{path} in the cache is damaged ({why}): it is moved to {self._damaged} and built again.")
+    def _paths(self, *names: str) -> list[Path]:
+        root = self.root
+        return [] if root is None else [path for name in names for _, path in by_age(root / name)]
 
-    def _bound(self) -> None:
-        """Remove what was moved aside, then what was unused for longest, until the rest is within the limit."""
+    def _move_aside(self, path: Path, why: str) -> None:
+        root = path.parents[1]
+        with suppress(OSError):  # where it has to stay, the new entry replaces it
+            (root / "damaged").mkdir(mode=0o700, exist_ok=True)
+            path.replace(root / "damaged" / f"{path.name}-{uuid.uuid4().hex[:8]}")
+            self._bound(root)
+        self._warn(f"{path} in the cache is damaged ({why}): it is moved to {root / 'damaged'} and built again.")
+
+    def _bound(self, root: Path, new: Path | None = None) -> None:
+        """Remove what was moved aside, then what was unused for longest, until all is within the limit; never `new`."""
         damaged, kept = (
-            [(used, path, _size(path)) for used, path in _by_age(f)] for f in (self._damaged, self._entries)
+            [(used, path, size_of(path)) for used, path in by_age(root / name)] for name in ("damaged", "entries")
         )
-        parts = damaged + sorted(kept + compilers.parts(self.folder))
+        compiled = [(past(used), path, size) for used, path, size in compilers.parts(root)]
+        parts = damaged + sorted(kept + compiled)
         total = sum(size for _, _, size in parts)
         for number, (_, path, size) in enumerate(parts):
-            if total > self.limit_bytes or number < len(damaged) - DAMAGED_KEPT:
+            if path != new and (total > self.limit_bytes or number < len(damaged) - DAMAGED_KEPT):
                 compilers.remove(path)
                 total -= size
-
-    def _sweep(self) -> None:
-        """Remove what processes that are no more were writing or held."""
-        for _, path in _by_age(self._busy):
-            with suppress(OSError):  # TimeoutError: its owner lives
-                descriptor = hold(path, deadline_s=0.0, create=False)
-                try:
-                    path.unlink()
-                finally:
-                    os.close(descriptor)
 
     def _complain(self, verb: str, error: OSError) -> None:
         remedy = {errno.ENOSPC: "make room there", errno.EDQUOT: "make room there"}.get(error.errno or 0, "mend that")
@@ -258,37 +280,5 @@ class Cache:
         warnings.warn(text, CacheWarning, stacklevel=2)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _by_age(folder: Path) -> list[tuple[int, Path]]:
-    """The files of a folder with their times of last use, the oldest first; none where there is no such folder."""
-    found = []
-    with suppress(FileNotFoundError):
-        for path in folder.iterdir():
-            with suppress(FileNotFoundError):  # another process has just removed it
-                found.append((path.lstat().st_mtime_ns, path))
-    return sorted(found)
-
-
-def _size(path: Path) -> int:
-    with suppress(OSError):
-        return path.lstat().st_size
-    return 0
-
-
-def _remove(path: Path) -> int | None:
-    """Remove a file, or a folder that somebody put there; its size, or None where another process was quicker."""
-    size = _size(path)
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return None
-    except IsADirectoryError:
-        compilers.remove(path)
-    return size
+def _path(root: Path, key: Any) -> Path:
+    return root / "entries" / key_digest(key)
