@@ -63,43 +63,49 @@ class Racer(Builder):
                 key = race_key(self.backends, captured.program, tensors, self.options)
         if cache is None or key is None:
             return self._race(call, tensors, pool, captured)
-        found = self._remembered(cache, key, call, tensors, pool, captured)
+        tried: list[RaceRecord] = []
+        found = self._remembered(cache, key, tried, call, tensors, pool, captured)
         if found is None:
-            with cache.lock(key):
-                found = self._remembered(cache, key, call, tensors, pool, captured)
+            with cache.lock(key, longer_s=self.options.race_budget_s or RACE_BUDGET_S):
+                found = self._remembered(cache, key, tried, call, tensors, pool, captured)
                 if found is None:
                     found = self._race(call, tensors, pool, captured)
-                    if any(entry.out_of_memory for entry in self.races[-1].entries):
-                        return found  # who had no room now may win where there is
                     what = f"{type(self.module).__name__} {describe(tensors)} {self.options.precision}"
-                    remember(cache, key, self.races[-1], what)
+                    remember(cache, key, self.races[-1], self.module, what)
         return found
 
     def _remembered(  # noqa: PLR0917
         self,
         cache: Cache,
         key: dict[str, Any],
+        tried: list[RaceRecord],
         call: Call,
         tensors: Sequence[torch.Tensor],
         pool: Pool,
         captured: Captured,
     ) -> tuple[Built, Runner] | None:
-        """What the winner of an earlier race builds now; None where there was no such race, or it no longer serves."""
-        race = remembered(cache, key)
-        if race is None:
-            return None
-        winner = next(backend for backend in self.backends if backend.name == race.winner.name)
-        try:
-            found = self._alone(winner)(call, tensors, pool, captured.copy())
-        except DeviceMemoryError:
-            raise
-        except (BuildError, AccuracyError) as error:
-            reason = str(error)
-        else:
-            self.races.append(race)
-            return found
-        cache.discard(key)
-        warnings.warn(f"{winner.name}, a race's winner in the cache, does not serve: {reason}", CacheWarning, 2)
+        """What the winner of an earlier race builds now; None where there was no such race, or it no longer serves.
+
+        A winner that misses the gate may pass it with other weights, so its race stays; none is `tried` twice.
+        """
+        for kept_under, race in remembered(cache, key, self.module):
+            if race in tried:
+                continue
+            tried.append(race)
+            winner = next(backend for backend in self.backends if backend.name == race.winner.name)
+            try:
+                found = self._alone(winner)(call, tensors, pool, captured.copy())
+            except DeviceMemoryError:
+                raise
+            except AccuracyError as error:
+                reason = str(error)
+            except BuildError as error:
+                cache.discard(kept_under)
+                reason = str(error)
+            else:
+                self.races.append(race)
+                return found
+            warnings.warn(f"{winner.name}, a race's winner in the cache, does not serve: {reason}", CacheWarning, 2)
         return None
 
     def _alone(self, backend: Backend) -> Builder:
@@ -163,6 +169,7 @@ class Racer(Builder):
                     found = self._alone(backend)(call, tensors, pool, captured.copy())
                 except (BuildError, AccuracyError) as error:
                     entry.reason, entry.out_of_memory = str(error), isinstance(error, DeviceMemoryError)
+                    entry.missed_gate = isinstance(error, AccuracyError)
                     continue
                 built[backend.name] = found
                 _describe(entry, *found)

@@ -122,7 +122,7 @@ class RaceEntry:
 
     `median_ms` is of a call, or of some batches through `stream()`; `ratio` is over the winner's; `build_ms` is the
     whole build, gate included; `device_mib` weights, buffers and graph. `out_of_memory` says that it is out for want of
-    device memory, of which there may be more another time.
+    device memory, of which there may be more another time; `missed_gate` that its outputs were off, with these weights.
     """
 
     name: str
@@ -134,6 +134,7 @@ class RaceEntry:
     device_mib: float = 0.0
     build_ms: float | None = None
     out_of_memory: bool = False
+    missed_gate: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,8 +22,9 @@ from tests.models import small_conv_net
 from tests.test_race import Absent, Changed, Failing, slower
 from torchaccel import build, compiler
 from torchaccel.backends.eager import Eager
-from torchaccel.cache import compilers, results
+from torchaccel.cache import choices, compilers, results, store
 from torchaccel.cache.canonical import key_digest
+from torchaccel.cache.program_key import NoKeyError
 from torchaccel.cache.results import race_key
 from torchaccel.cache.store import Cache
 from torchaccel.compiled import CompiledModule
@@ -177,8 +179,10 @@ def test_each_option_and_version_that_decides_a_race_is_in_its_key(monkeypatch: 
     changes: list[dict[str, Any]] = [{"precision": "tf32"}, {"tolerance": 1e-4}, {"objective": "stream"}]
     changes += [{"partial": True}, {"cuda_graph": False}, {"race_budget_s": 7.0}]
     found = [digest(), *(digest(**change) for change in changes)]
-    monkeypatch.setattr(results, "distribution_version", lambda name: f"another {name}")
-    found.append(digest())
+    for newer in ("none", "triton", "nvidia-cudnn-frontend"):
+        with monkeypatch.context() as patch:
+            patch.setattr(choices, "distribution_version", lambda name, newer=newer: "2" if name == newer else "1")
+            found.append(digest())
     assert len(set(found)) == len(found)
     assert digest(race_budget_s=RACE_BUDGET_S) == digest()
     tensors = [images().to(memory_format=torch.channels_last)]
@@ -198,28 +202,101 @@ def test_another_machine_or_field_has_a_race_of_its_own(
         case "field":
             monkeypatch.setattr(compiler, "FIELD", (*field, Changed("third")))
         case "version":
-            monkeypatch.setattr(results, "versions", dict)
+            monkeypatch.setattr(choices, "versions", dict)
     assert not raced(cache).report().races[0].from_cache
     assert built(field) == [2, 2]
 
 
-@pytest.mark.parametrize("fault", ["build", "gate"])
 def test_a_winner_that_no_longer_serves_is_dropped_and_there_is_a_race(
-    cache: Cache, field: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, field: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raced(cache)
     x = images()
     with monkeypatch.context() as patch:
-        if fault == "build":
-            patch.setattr(field[1], "load", Failing().load)
-        else:
-            patch.setattr(field[1], "_change", lambda result: result * 2)
+        patch.setattr(field[1], "load", Failing().load)
         with pytest.warns(CacheWarning, match=r"fast, a race's winner in the cache, does not serve:"):
             model = raced(cache, x)
     (again,) = model.report().races
     assert (again.winner.name, again.from_cache) == ("slow", False)
     assert raced(cache).report().races[0].winner.name == "slow", "the new race took the place of the old"
     assert len(cache.entries()) == 1
+
+
+class Overflowing(Changed):
+    """Fast, and wrong for large weights, as fp16 kernels are."""
+
+    def __init__(self) -> None:
+        super().__init__("fast", lambda result: torch.where(result.abs() > 100, result * 2, result))
+
+
+@pytest.fixture
+def overflowing(monkeypatch: pytest.MonkeyPatch, field: Any) -> tuple[Changed, Changed]:
+    both = field[0], Overflowing()
+    monkeypatch.setattr(compiler, "FIELD", both)
+    return both
+
+
+def weighing(scale: float) -> nn.Module:
+    module = nn.Linear(4, 4)
+    nn.init.constant_(module.weight, scale)
+    nn.init.constant_(module.bias, 0.0)
+    return module
+
+
+def won(cache: Cache, scale: float) -> tuple[str, bool]:
+    race = raced(cache, torch.ones(2, 4), weighing(scale)).report().races[0]
+    assert [entry.name for entry in race.entries if entry.missed_gate] == ["fast"] * (race.winner.name == "slow")
+    return race.winner.name, race.from_cache
+
+
+def test_a_race_that_one_lost_by_the_gate_is_that_of_its_weights_alone(
+    cache: Cache, overflowing: tuple[Changed, Changed]
+) -> None:
+    assert won(cache, 1000.0) == ("slow", False)
+    assert won(cache, 1000.0) == ("slow", True)
+    assert built(overflowing) == [2, 1]
+    assert won(cache, 1.0) == ("fast", False)
+    assert won(cache, 2.0) == ("fast", True), "of a race in which all passed the weights do not count"
+    assert len(cache.entries()) == 2
+
+
+def test_weights_with_which_a_known_winner_misses_the_gate_have_a_race_of_their_own(
+    cache: Cache, overflowing: tuple[Changed, Changed]
+) -> None:
+    assert won(cache, 1.0) == ("fast", False)
+    for count, from_cache in ((2, False), (1, True)):  # once as the known winner, and once in the race
+        before = overflowing[1].built
+        with pytest.warns(CacheWarning, match=r"fast, a race's winner in the cache, does not serve") as caught:
+            assert won(cache, 1000.0) == ("slow", from_cache)
+        assert overflowing[1].built - before == count
+        assert len(caught) == 1
+    assert won(cache, 1.0) == ("fast", True)
+
+
+def test_a_race_that_one_lost_by_the_gate_and_weights_without_a_key_is_not_kept(
+    cache: Cache, overflowing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def content(tensor: torch.Tensor) -> str:
+        raise NoKeyError("a tensor without plain values")
+
+    monkeypatch.setattr(results, "content", content)
+    for _ in range(2):
+        assert won(cache, 1000.0) == ("slow", False)
+    assert cache.entries() == []
+
+
+@pytest.mark.parametrize("budget_s", [None, 7.0])
+def test_a_race_is_waited_for_as_long_as_its_budget_and_longer(
+    cache: Cache, field: Any, budget_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits_s, now = [], time.monotonic()
+    real = store.hold
+    monkeypatch.setattr(
+        store, "hold", lambda path, deadline_s, **how: limits_s.append(deadline_s) or real(path, deadline_s, **how)
+    )
+    raced(cache, race_budget_s=budget_s)
+    wanted_s = (budget_s or RACE_BUDGET_S) + store.LOCK_LIMIT_S
+    assert [limit_s for limit_s in limits_s if limit_s and limit_s - now >= wanted_s]
 
 
 RACE = {"signature": "s", "objective": "latency", "race_ms": 1.0, "from_cache": False}
