@@ -18,7 +18,7 @@ from torchaccel.cache.canonical import key_digest
 from torchaccel.cache.plans import Found, plan_for, plan_key
 from torchaccel.cache.store import Cache
 from torchaccel.capture import capture, engine_input
-from torchaccel.errors import CacheWarning
+from torchaccel.errors import BuildError, CacheWarning
 from torchaccel.options import Options
 from torchaccel.precision import PRECISIONS
 from torchaccel.program import Program
@@ -174,7 +174,7 @@ def test_a_failed_build_leaves_nothing_and_no_lock(cache: Cache) -> None:
             raise ZeroDivisionError
 
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(BuildError, match="ZeroDivisionError"):
             find(cache, Failing())
     assert cache.entries() == []
 
