@@ -8,7 +8,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -41,6 +41,8 @@ class Turns:
 class PlusOne:
     """A runner that adds one; `hands_back` has it return its input too, `graph` its result in a static buffer."""
 
+    alive: ClassVar["weakref.WeakSet[PlusOne]"] = weakref.WeakSet()
+
     def __init__(
         self,
         cuda: SimulatedCuda,
@@ -52,6 +54,7 @@ class PlusOne:
     ) -> None:
         self.cuda, self.pool, self.options = cuda, pool or Turns(cuda, shape), (hands_back, graph, shape)
         self.graph = graph
+        self.alive.add(self)
         with torch.inference_mode(False):
             self.inputs = (cuda.empty(shape, device=True),)
             self.result = cuda.empty(shape, device=True)
@@ -275,20 +278,20 @@ def test_results_are_the_caller_s_own(cuda: SimulatedCuda) -> None:
     assert same(results, [tensor + 101 for tensor in batches()])
 
 
-def test_a_runner_that_is_no_longer_kept_is_let_go_while_the_stream_goes_on(cuda: SimulatedCuda) -> None:
-    pool, made, alive = Turns(cuda), weakref.WeakSet[PlusOne](), []
+def test_runners_that_are_no_longer_kept_go_with_their_lanes_while_the_stream_goes_on(cuda: SimulatedCuda) -> None:
+    pool, counts = Turns(cuda), []
+    gc.collect()
+    before = len(PlusOne.alive)
 
     def find(_: Any) -> Any:  # as where more shapes take turns than runners are kept
-        runner = PlusOne(cuda, pool=pool)
-        made.add(runner)
-        return runner
+        return PlusOne(cuda, pool=pool)
 
     serving = streaming.Ring(cuda.device, find, None)
     for index, result in enumerate(serving.serve(batches(30))):
         assert torch.equal(result, batches(30)[index] + 1)
         gc.collect()
-        alive.append(len(made))
-    assert max(alive) <= 2 * streaming.SLOTS
+        counts.append(len(PlusOne.alive) - before)
+    assert max(counts) <= 3 * streaming.SLOTS
 
 
 @pytest.mark.parametrize("preprocess", [None, lambda x: x[:, :3] + 0], ids=["", "preprocess"])
@@ -297,9 +300,19 @@ def test_pinned_memory_is_one_buffer_for_all_shapes(preprocess: Any, cuda: Simul
     serving = streaming.Ring(cuda.device, lambda call: runners[call.tensors[0].shape[1]], preprocess)  # type: ignore[arg-type,return-value]
     given = [torch.full((2, columns), float(columns)) for columns in (*range(3, 23), *range(22, 2, -1))]
     expected = [tensor if preprocess is None else preprocess(tensor) for tensor in given]
+    pinned = []
     for result, tensor in zip(serving.serve(given), expected, strict=True):
         assert torch.equal(result, tensor + 1)
-    assert all(len(slot.buffers) == 2 for slot in serving._slots)
+        pinned.append(len(cuda.pinned))
+    buffers = [buffer for slot in serving._slots for buffer in slot.buffers.values()]
+    assert len(buffers) == 2 * streaming.SLOTS
+    assert all(map(torch.Tensor.is_pinned, buffers))
+    assert pinned[25] == pinned[-1]
+
+
+def test_batches_of_several_dtypes_take_turns_in_a_buffer(cuda: SimulatedCuda) -> None:
+    given = [torch.full(SHAPE, 0.1, dtype=(torch.float16, torch.float32)[index % 2]) for index in range(8)]
+    assert same(list(ring(cuda, PlusOne(cuda)).serve(given)), [tensor.float() + 1 for tensor in given])
 
 
 def test_what_preprocess_makes_on_the_host_is_not_staged_where_the_batch_was(cuda: SimulatedCuda) -> None:

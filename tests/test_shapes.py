@@ -3,6 +3,7 @@
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,18 @@ def test_an_input_that_has_the_batch_s_size_by_chance_is_taken_as_at_the_other_s
         x, mask = torch.randn(batch, 4), torch.randn(4, 4)
         assert relative_error(model(x, mask), model.module(x, mask)) < 2e-6
     assert model.report().builds == 1
+
+
+@torch.no_grad()
+def test_a_known_plan_does_not_serve_inputs_of_which_others_have_a_batch() -> None:
+    def mean(_: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return x * 2 if y is None else x.mean(0) + y.mean(0)
+
+    model = on_cpu(Lambda(mean), dynamic_batch=(1, 8, 8))
+    for given in ((4, 4), (4, 2), (3, 3), (4,)):
+        inputs = [torch.randn(size, 3) for size in given]
+        assert relative_error(model(*inputs), model.module(*inputs)) < 2e-6
+    assert model.report().builds == 3
 
 
 def test_an_empty_batch_goes_through_the_module() -> None:

@@ -212,7 +212,7 @@ class State:
             return
         if self.watch.changed():
             self._take_change()
-        elif self.watch.structure_changed() or not self._print_is_of_now():
+        elif not self._print_is_of_now():
             self._take_change(UNTRACKED)
 
     def _take_change(self, what: str = "") -> None:
@@ -285,7 +285,6 @@ class State:
         self.runners.clear()
         self.built.clear()
         self.build.store.clear()
-        self._print = None
         self.report.events.append(
             "the module's structure, hooks, modes, attributes, dtypes or device changed: engines are new"
         )
