@@ -67,7 +67,7 @@ def _weighted_sum(pieces: list[torch.Tensor]) -> torch.Tensor:
     padding = -sum(piece.numel() for piece in pieces) % 8
     words = torch.cat([*pieces, pieces[0].new_zeros(padding)]).view(torch.int64)
     place = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int64)
-    return (_mixed(words) * (_mixed(_mixed(place)) | 1)).sum()
+    return (_mixed(words) * (_mixed(place) | 1)).sum()
 
 
 def _mixed(words: torch.Tensor) -> torch.Tensor:
