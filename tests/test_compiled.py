@@ -611,4 +611,5 @@ def test_every_result_comes_from_exactly_one_completed_refresh(monkeypatch: pyte
     run_threads(3, work)
     assert len(seen) == 40
     assert len(set(seen)) > 3
+    assert model.report().refreshes == 20  # a call that comes meanwhile refreshes nothing
     assert not {value for value in seen if value not in {4.0 * scale**2 for scale in range(1, 22)}}

@@ -172,9 +172,9 @@ def test_engines_on_a_gpu_are_refused_in_a_child_with_the_reason_and_the_remedy(
         held = dict(model._state.built)
         monkeypatch.setattr(model._state, "device", torch.device("cuda", 0))
         model._state.after_fork()
-        for _ in range(2):
+        for use in (lambda: model(x), lambda: model(x), model.refresh):
             with pytest.raises(BackendError, match=r"forked .* CUDA does not survive a fork.* 'spawn'"):
-                model(x)
+                use()
         assert model._state._of_the_parent[1] == held  # freeing them would call CUDA
         monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -177,7 +177,7 @@ class State:
             return
         if self.options.on_weight_change == "ignore":
             if self._is_torn:
-                self.refresh("a refresh that failed")
+                self._mend()
             return
         if self.stale:
             raise StaleWeightsError(self.stale)
@@ -227,12 +227,20 @@ class State:
                 raise StaleWeightsError(self.stale)
             self.refresh(what)
 
+    def _mend(self) -> None:
+        """Make up for a refresh that failed half-way; one that another thread is about is waited for."""
+        with self._lock:
+            if self._is_torn:
+                self.refresh("a refresh that failed")
+
     def refresh(self, what: str = "") -> None:
         """Bring every engine up to date: in place where its weights are plain tensors, elsewhere at its next call.
 
         Enqueued on the current stream, in one turn of the pool: each call's result is from before or from after it.
         """
         with uninterrupted(), self._lock:
+            if self._of_the_parent is not None:
+                raise forked_error()
             started = time.perf_counter()
             self.stale = ""
             self._check.forget()
