@@ -82,7 +82,7 @@ class SimulatedCuda(TorchDispatchMode):
         self.users: dict[int, set[str]] = {}  # the streams that have touched a tensor on the device
         self.recorded: dict[int, set[str]] = {}  # those that the allocator waits for when it is freed
 
-    def stream(self, *_: Any) -> Stream:
+    def stream(self, *_: Any, priority: int = 0) -> Stream:
         self.streams += 1
         return Stream(self, f"stream {self.streams}")
 

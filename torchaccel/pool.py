@@ -29,8 +29,9 @@ class Pool:
         # Without PyTorch's wrapper in Python, at whose first line an interrupt could come.
         self._record: Any = functools.partial(torch._C._CudaEventBase.record, self._done) if self._done else None
         self.handle: Any = torch.cuda.graph_pool_handle() if self._is_cuda else None
-        # One for all captures: the allocator gives a block again only on the stream that it was first given on.
-        self.capture_stream = torch.cuda.Stream(device) if self._is_cuda else None
+        # One for all captures: the allocator gives a block again only on the stream that it was first given on. The
+        # kernels of a graph keep its priority, so that what stream() copies and preprocesses beside it waits for them.
+        self.capture_stream = torch.cuda.Stream(device, priority=-1) if self._is_cuda else None
         follow(self)
 
     def after_fork(self) -> None:

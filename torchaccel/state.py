@@ -228,7 +228,7 @@ class State:
             self.refresh(what)
 
     def _mend(self) -> None:
-        """Make up for a refresh that failed half-way; one that another thread is about is waited for."""
+        """Make up for a refresh that failed half-way, unless another thread has done so meanwhile."""
         with self._lock:
             if self._is_torn:
                 self.refresh("a refresh that failed")
@@ -252,9 +252,7 @@ class State:
                 self._drop_all()
             self.watch.accept()
             if not anew and self.built:
-                self._is_torn = True
                 self.pool.turn(self._read_weights)
-                self._is_torn = False
                 self._outdate([built for built in self.built.values() if not built.is_fresh_in_place()])
             if what:
                 self.report.events.append(f"refreshed after {what}")
@@ -269,9 +267,14 @@ class State:
 
     def _read_weights(self) -> None:
         """Take the print and then the weights: what nothing tracks, written in between, is found at the next look."""
-        self.pool.wait_for_callers()
-        self._print = self.watch.fingerprint()
-        self.build.store.refresh(self.module)
+        try:
+            self.pool.wait_for_callers()
+            self._print = self.watch.fingerprint()
+            self.build.store.refresh(self.module)
+        except BaseException:
+            self._is_torn = True
+            raise
+        self._is_torn = False
 
     def _outdate(self, outdated: list[Built]) -> None:
         """Mark plans that have weights of their own: the next call of each builds it again."""
