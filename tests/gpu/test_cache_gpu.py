@@ -49,12 +49,11 @@ def test_a_second_process_serves_its_first_result_within_a_second(backend: str, 
     need(backend)
     first = ended(start(backend, cache.folder))
     second = ended(start(backend, cache.folder))
-    third = ended(start(backend, cache.folder))
-    assert [run["from_cache"] for run in (first, second, third)] == [False, True, True]
+    assert [run["from_cache"] for run in (first, second)] == [False, True]
     assert second["gates"]
     assert second["sum"] == pytest.approx(first["sum"], rel=1e-2)
     assert {entry.kind for entry in cache.entries()} in ({"plan"}, {"plan", "kernels"}, {"plan", "timings"})
-    assert min(second["seconds"], third["seconds"]) <= 1.0
+    assert second["seconds"] <= 1.0 or ended(start(backend, cache.folder))["seconds"] <= 1.0
     assert set(cache.verify().values()) == {""}
 
 

@@ -139,12 +139,11 @@ def test_one_more_signature_that_does_not_fit_leaves_those_that_do(backend: str)
 
 
 FORK = """
-import faulthandler, os, sys
+import faulthandler, os, signal, sys
 import torch
 import torchaccel
 from tests.models import small_conv_net
 
-faulthandler.dump_traceback_later(200, exit=True)
 torch.set_grad_enabled(False)
 backend = sys.argv[1]
 model = torchaccel.compile(small_conv_net(), "fp16", backend=backend)
@@ -153,7 +152,8 @@ expected = model(x)
 torch.cuda.synchronize()
 child = os.fork()
 if child == 0:
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.register(signal.SIGALRM, chain=True)  # where it hangs, if it does
+    signal.alarm(60)
     refused = 0
     for use in (
         lambda: model(x),

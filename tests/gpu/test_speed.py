@@ -93,7 +93,7 @@ def _few_host_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-ROUND_IMAGES = 38_400  # so many that the first batch, beside which nothing runs, does not count
+ROUND_IMAGES = 25_600  # so many that the first batch, beside which nothing runs, does not count
 STREAM_SHARE = 0.97
 FROM_PAGEABLE_SHARE = 0.9
 FASTER_THAN_A_LOOP = 5.0
